@@ -1,0 +1,33 @@
+"""What the nodes share: the link type, schemas that every supported ComfyUI knows, and errors that name inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from comfy_api.latest import io
+
+Concepts = io.Custom("PERFUSION_CONCEPTS")
+
+# Keys that older hosts do not know travel in this dictionary, which every host hands to its front end.
+ADVANCED = {"advanced": True}
+
+
+def schema(**settings: Any) -> io.Schema:
+    """An ``io.Schema``; settings that the host's version lacks are left out (aliases for the search, for one)."""
+    known = {f.name for f in fields(io.Schema)}
+    return io.Schema(**{key: value for key, value in settings.items() if key in known})
+
+
+@contextmanager
+def naming(node: str, input_name: str | None = None) -> Iterator[None]:
+    """Errors that a user can act on begin with the node, and the input where one is at fault."""
+    place = f"{node}, input '{input_name}'" if input_name else node
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    except OSError as error:
+        raise OSError(f"{place}: {error.strerror or error}") from error

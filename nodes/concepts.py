@@ -1,0 +1,215 @@
+"""Saving, loading and applying concepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..perfusion.edit import Gate
+from ..perfusion.hosts.comfyui import library
+from ..perfusion.hosts.comfyui.combined import apply_concepts
+from ..perfusion.locking import LOCKS
+from ..perfusion.stack import ConceptStack, ConceptUse
+from .common import Concepts, naming, schema
+
+MAX_ROWS = 8
+NO_FILE = "none"
+
+
+class PerfusionSaveConcept(io.ComfyNode):
+    """Keeps a trained concept as a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ``web/docs/PerfusionSaveConcept.md``."""
+        return schema(
+            node_id="PerfusionSaveConcept",
+            display_name="Save Concept",
+            category="Perfusion/concepts",
+            description="Saves a trained concept to output/perfusion, a file of about 31 KB. Nothing is overwritten.",
+            search_aliases=["perfusion save", "export concept", "personalization"],
+            is_output_node=True,
+            inputs=[
+                Concepts.Input(
+                    "concept", tooltip="The concept to save, from Train Concept. Several are saved one by one."
+                ),
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip="File name, without folders. Left empty, the placeholder is used. A number is added where "
+                    "the name is taken by another concept.",
+                ),
+            ],
+            outputs=[
+                Concepts.Output(display_name="concept", tooltip="The same concept, to go on with."),
+                io.String.Output(display_name="file", tooltip="Name of the saved file, as Load Concepts lists it."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, concept: ConceptStack, name: str) -> io.NodeOutput:
+        """Save each concept of the stack."""
+        if not len(concept):
+            raise ValueError("Save Concept: there is no concept on input 'concept'. Connect Train Concept.")
+        files = []
+        for use in concept.uses:
+            with naming("Save Concept", "name"):
+                stem = name.strip() or use.concept.placeholder.strip("<>")
+                try:
+                    path = use.concept.save_numbered(library.output_folder(), stem)
+                except OSError as error:
+                    raise OSError(
+                        f"the concept could not be saved: {error.strerror or error}. It is not lost: free some space "
+                        "or choose another name and queue again, the training is not repeated."
+                    ) from error
+            files.append(path.name)
+        return io.NodeOutput(concept, "\n".join(files), ui=ui.PreviewText("\n".join(files)))
+
+
+def _row(number: int, files: list[str]) -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            f"file_{number}",
+            options=[NO_FILE, *files],
+            default=NO_FILE,
+            tooltip="A concept file from models/perfusion or output/perfusion. Press R to refresh the list.",
+        ),
+        io.Boolean.Input(f"on_{number}", default=True, tooltip="Off: as if the concept were not loaded."),
+        io.Float.Input(
+            f"strength_{number}",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            tooltip="How strongly keys and values are edited. 0 switches the concept off.",
+        ),
+        io.Float.Input(
+            f"bias_{number}",
+            default=0.6,
+            min=-1.0,
+            max=2.0,
+            step=0.01,
+            tooltip="How much of the concept a word must hold before its gate opens. Lower: more faithful to the "
+            "photos. Higher: more obedient to the prompt. 0.6 to 0.75 suit local key lock, 0.4 to 0.6 global.",
+        ),
+        io.Float.Input(
+            f"temperature_{number}",
+            default=0.15,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="How softly the gate opens. Lower: a switch. Higher: a blend.",
+        ),
+    ]
+
+
+class PerfusionLoadConcepts(io.ComfyNode):
+    """Reads concept files and sets how each is applied."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ``web/docs/PerfusionLoadConcepts.md``."""
+        files = library.names()
+        rows = [_row(number, files) for number in range(1, MAX_ROWS + 1)]
+        return schema(
+            node_id="PerfusionLoadConcepts",
+            display_name="Load Concepts",
+            category="Perfusion/concepts",
+            description="Loads up to 8 concept files, each with its own switch, strength, bias and temperature.",
+            search_aliases=["perfusion load", "concept loader", "personalization", "textual inversion", "dreambooth"],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "count",
+                    options=[
+                        io.DynamicCombo.Option(str(count), [entry for row in rows[:count] for entry in row])
+                        for count in range(1, MAX_ROWS + 1)
+                    ],
+                    tooltip="How many concepts to load.",
+                ),
+                Concepts.Input(
+                    "concepts",
+                    optional=True,
+                    tooltip="Further concepts, from another Load Concepts or Train Concept, to use with these.",
+                ),
+            ],
+            outputs=[Concepts.Output(display_name="concepts", tooltip="For Apply Concepts.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, count: dict[str, Any] | None = None, **_: Any) -> str:
+        """Changes when one of the files does."""
+        return "|".join(library.stamp(row["file"]) for row in _rows(count or {}))
+
+    @classmethod
+    def execute(cls, count: dict[str, Any], concepts: ConceptStack | None = None) -> io.NodeOutput:
+        """Read the files of all rows that are on."""
+        uses = []
+        for row in _rows(count):
+            if not row["on"]:
+                continue
+            with naming("Load Concepts", f"file_{row['number']}"):
+                concept = library.read(row["file"])
+            gate = Gate(bias=row["bias"], temperature=row["temperature"], strength=row["strength"])
+            uses.append(ConceptUse(concept, gate))
+        with naming("Load Concepts"):
+            return io.NodeOutput((concepts or ConceptStack()) + ConceptStack(tuple(uses)))
+
+
+def _rows(count: dict[str, Any]) -> list[dict[str, Any]]:
+    """The filled rows of the node, as number, file, on, strength, bias and temperature."""
+    rows = []
+    for number in range(1, int(count.get("count", 0)) + 1):
+        if count.get(f"file_{number}", NO_FILE) != NO_FILE:
+            names = ("file", "on", "strength", "bias", "temperature")
+            rows.append({"number": number, **{name: count[f"{name}_{number}"] for name in names}})
+    return rows
+
+
+class PerfusionApplyConcepts(io.ComfyNode):
+    """Puts concepts on a model and its text encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ``web/docs/PerfusionApplyConcepts.md``."""
+        return schema(
+            node_id="PerfusionApplyConcepts",
+            display_name="Apply Concepts",
+            category="Perfusion/concepts",
+            description="Makes a model draw the concepts wherever a prompt says their words. Use it like a LoRA "
+            "loader, before or after others.",
+            search_aliases=["perfusion", "apply concept", "personalization", "key locked rank one editing"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to draw with: SD1.x, SD2.x or SDXL, as the concepts are."),
+                io.Clip.Input("clip", tooltip="The text encoder of that model; it learns the concepts' words."),
+                Concepts.Input("concepts", tooltip="From Load Concepts or Train Concept."),
+                io.Combo.Input(
+                    "key_lock",
+                    options=list(LOCKS),
+                    default="local",
+                    tooltip="local: the concept's word attends as its super-category; more faithful. global: the whole "
+                    "prompt attends as if the super-category stood there; richer scenes, more variation.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler, or for further patches."),
+                io.Clip.Output(display_name="clip", tooltip="For the text nodes whose prompts contain the words."),
+                io.String.Output(
+                    display_name="trigger",
+                    tooltip="The words of the concepts, to write into prompts where their super-categories would be.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, concepts: ConceptStack, key_lock: str) -> io.NodeOutput:
+        """Apply the concepts that are on."""
+        if clip is None:
+            raise ValueError("Apply Concepts, input 'clip': there is no CLIP. Connect the checkpoint's own CLIP.")
+        with naming("Apply Concepts", "concepts"):
+            stack = concepts.active.locked("global" if key_lock == "global" else "local")
+            model, clip = apply_concepts(model, clip, stack)
+        return io.NodeOutput(model, clip, ", ".join(stack.placeholders))
+
+
+NODES = [PerfusionSaveConcept, PerfusionLoadConcepts, PerfusionApplyConcepts]

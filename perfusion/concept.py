@@ -1,0 +1,337 @@
+"""A learned concept, and its .safetensors file.
+
+The file holds, in half precision, per text encoder the word's embeddings; the target input i*, its dual vector d* and
+the super-category's encoding e_super, each (d,); and the target values o*_V of all layers one after the other. Keys are
+never stored: they are locked to the super-category and follow the model in use. Metadata (all text) says for which
+family, word and super-category, and how it was trained; the ModelSpec 1.0.1 keys tell other programs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from .edit import FORMS, Form
+from .family import Family
+from .files import write_atomically
+from .statistics import ESTIMATORS, Estimator
+
+FORMAT = 1
+MAX_HEADER = 1 << 20
+MAX_FILE = 16 << 20
+MAX_VECTORS = 32
+MAX_THUMBNAIL = 100_000
+
+_PLACEHOLDER = re.compile(r"<[a-z0-9](?:[a-z0-9_-]{0,46}[a-z0-9])?>")
+_FILE_NAME = re.compile(r"[^\w.-]+")
+_DTYPES = {"F16", "BF16", "F32"}
+_EMBEDDING = "embedding."
+
+
+class ConceptFileError(ValueError):
+    """A file that is not a usable concept; the message says what is wrong with it and what to do."""
+
+
+class PlaceholderError(ValueError):
+    """A word that cannot stand for a concept; the message says what one looks like."""
+
+
+def check_placeholder(placeholder: str) -> str:
+    """The placeholder as prompts are compared with it (lower case). Raises PlaceholderError when it cannot be one."""
+    word = placeholder.strip().lower()
+    if not _PLACEHOLDER.fullmatch(word):
+        raise PlaceholderError(
+            f"{placeholder!r} cannot stand for a concept: it must be one made-up word in angle brackets, such as "
+            "<my-teddy>, of letters a-z, digits, - and _, without spaces, so that it is never mistaken for an "
+            "ordinary word of the prompt."
+        )
+    return word
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What was learned. Tensors are float32 in memory with values that half precision holds, so that a concept fresh
+    from training and the same one read back from its file are equal.
+
+    ``embeddings``: encoder -> (n, width); ``i_star``, ``d_star``, ``e_super``: (d,); ``o_star_v``: layer -> (i,).
+    Raises ConceptFileError when shapes do not fit the family or a number is not finite.
+    """
+
+    family: Family
+    placeholder: str
+    super_category: str
+    embeddings: Mapping[str, Tensor]
+    i_star: Tensor
+    d_star: Tensor
+    e_super: Tensor
+    o_star_v: Mapping[str, Tensor]
+    form: Form = "paper"
+    estimator: Estimator = "robust"
+    encoder: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    created: str = ""
+    thumbnail: str = ""
+
+    def __post_init__(self) -> None:
+        check_placeholder(self.placeholder)
+        if self.form not in FORMS or self.estimator not in ESTIMATORS:
+            raise ConceptFileError(f"it uses a form of the method ({self.form}, {self.estimator}) this version lacks")
+        d = self.family.context_width
+        for name in ("i_star", "d_star", "e_super"):
+            _require_shape(name, getattr(self, name), (d,))
+        if set(self.embeddings) != set(self.family.encoders):
+            raise ConceptFileError("it does not have embeddings for each text encoder of its family")
+        for name, width in self.family.encoders.items():
+            rows = self.embeddings[name]
+            _require_shape(_EMBEDDING + name, rows, (len(rows) if rows.ndim else 0, width))
+            if not 0 < len(rows) <= MAX_VECTORS:
+                raise ConceptFileError(f"its word has {len(rows)} vectors; 1 to {MAX_VECTORS} are possible")
+        if len({len(rows) for rows in self.embeddings.values()}) > 1:
+            raise ConceptFileError("its word has different numbers of vectors for its text encoders")
+        if list(self.o_star_v) != list(self.family.layers):
+            raise ConceptFileError("its layers are not those of its family")
+        for name, width in self.family.layers.items():
+            _require_shape(f"o_star_v of {name}", self.o_star_v[name], (width,))
+        if float(self.i_star.double() @ self.d_star.double()) <= 0:
+            raise ConceptFileError("its i* and d* contradict each other (i* . d* must be positive)")
+
+    @classmethod
+    def rounded(cls, **fields: Any) -> Concept:
+        """A concept whose tensors are rounded to what its file will hold."""
+
+        def half(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", torch.float16).float()
+
+        for name in ("i_star", "d_star", "e_super"):
+            fields[name] = half(fields[name])
+        for name in ("embeddings", "o_star_v"):
+            fields[name] = {key: half(tensor) for key, tensor in fields[name].items()}
+        fields.setdefault("created", datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        return cls(**fields)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the file, in half precision."""
+        stored = {_EMBEDDING + name: rows for name, rows in self.embeddings.items()}
+        stored |= {"i_star": self.i_star, "d_star": self.d_star, "e_super": self.e_super}
+        stored["o_star_v"] = torch.cat(list(self.o_star_v.values()))
+        return {name: tensor.to(torch.float16).contiguous() for name, tensor in stored.items()}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything that changes pictures: tensors, word, super-category, form."""
+        body = sha256(_body(save_tensors(self.tensors)))
+        body.update(json.dumps([self.placeholder, self.super_category, self.form, self.family.to_json()]).encode())
+        return body.hexdigest()
+
+    @property
+    def trigger(self) -> str:
+        """What a prompt says to get this concept: its placeholder."""
+        return self.placeholder
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The text part of the file."""
+        resolution = self.training.get("resolution")
+        modelspec = {
+            "sai_model_spec": "1.0.1",
+            "architecture": f"{self.family.architecture}/perfusion",
+            "implementation": "https://github.com/comfyui-perfusion/ComfyUI-Perfusion",
+            "title": self.placeholder.strip("<>"),
+            "description": f"Perfusion concept: one particular {self.super_category}",
+            "date": self.created,
+            "trigger_phrase": self.trigger,
+            "usage_hint": f"Write {self.placeholder} where you would write {self.super_category}.",
+            "hash_sha256": "0x" + sha256(_body(save_tensors(self.tensors))).hexdigest(),
+            **({"resolution": f"{resolution}x{resolution}"} if resolution else {}),
+            **({"thumbnail": self.thumbnail} if self.thumbnail else {}),
+        }
+        own = {
+            "format": str(FORMAT),
+            "family": self.family.to_json(),
+            "placeholder": self.placeholder,
+            "super_category": self.super_category,
+            "form": self.form,
+            "estimator": self.estimator,
+            "encoder": self.encoder,
+            "training": json.dumps(dict(self.training), separators=(",", ":"), sort_keys=True),
+            "digest": self.digest,
+        }
+        return {f"modelspec.{key}": value for key, value in modelspec.items()} | {
+            f"perfusion.{key}": value for key, value in own.items()
+        }
+
+    def save(self, path: Path, *, overwrite: bool = False) -> Path:
+        """Write the file atomically. Raises FileExistsError unless ``overwrite``, OSError when it cannot be written."""
+        write_atomically(path, self.tensors, self.metadata, overwrite=overwrite)
+        return path
+
+    def save_numbered(self, folder: Path, name: str) -> Path:
+        """Write ``name.safetensors``, or ``name_2`` and so on where that name is taken: nothing is overwritten.
+
+        A file of that name which already holds this very concept is left as it is and returned.
+        """
+        stem = file_stem(name)
+        number = 1
+        while True:
+            path = folder / f"{stem if number == 1 else f'{stem}_{number}'}.safetensors"
+            try:
+                return self.save(path)
+            except FileExistsError:
+                if _holds(path, self.digest):
+                    return path
+            number += 1
+
+    def with_thumbnail(self, data_uri: str) -> Concept:
+        """The same with a thumbnail, a data URI. Raises ValueError above 100 KB."""
+        if len(data_uri) > MAX_THUMBNAIL:
+            raise ValueError(f"a thumbnail may have {MAX_THUMBNAIL} characters at most, this one has {len(data_uri)}")
+        return replace(self, thumbnail=data_uri)
+
+
+def file_stem(name: str) -> str:
+    """A safe file name, without ending: "<my teddy>" -> "my-teddy". Raises ValueError for folders and empty names."""
+    if os.path.isabs(name) or re.search(r"[\\/]|\.\.", name):
+        raise ValueError(f"{name!r} is not a plain file name: leave out folders, they are chosen for you")
+    stem = _FILE_NAME.sub("-", name.removesuffix(".safetensors")).strip("-._")
+    if not stem:
+        raise ValueError("give the concept's file a name of letters and digits")
+    return stem[:100]
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a .safetensors file: tensor name -> {dtype, shape, data_offsets}, and "__metadata__".
+
+    Reads no tensor. Raises ConceptFileError for anything that is not such a file, OSError when it cannot be read.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix.lower() in (".pt", ".ckpt", ".pth", ".bin"):
+            raise ConceptFileError(
+                f"{path.name} is a pickle file, which can run code when it is opened. Concepts are .safetensors files."
+            )
+        if size == 0:
+            raise ConceptFileError(f"{path.name} is empty. Copy or train the concept again.")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= MAX_HEADER or size > MAX_FILE:
+            raise ConceptFileError(
+                f"{path.name} is not a concept file: its header would be {length} bytes long (at most {MAX_HEADER} are "
+                f"possible) and the file is {size} bytes (at most {MAX_FILE}). Choose a file saved by Save Concept."
+            )
+        raw = file.read(length)
+    if len(raw) < length:
+        raise ConceptFileError(f"{path.name} is cut off. Copy or download it again.")
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise ConceptFileError(f"{path.name} is not a .safetensors file. Choose a file saved by Save Concept.")
+    return header
+
+
+def load(path: Path) -> Concept:
+    """Read a concept file. Everything is checked before anything is used.
+
+    Raises ConceptFileError, naming the file, when it is damaged, of another kind or of a newer version; OSError when
+    it cannot be read.
+    """
+    header = read_header(path)
+    try:
+        return _parse(header, path)
+    except (ConceptFileError, PlaceholderError) as error:
+        message = str(error)
+        raise ConceptFileError(message if path.name in message else f"{path.name}: {message}") from None
+
+
+def _parse(header: dict[str, Any], path: Path) -> Concept:
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or "perfusion.format" not in metadata:
+        raise ConceptFileError(
+            "it is a .safetensors file, but no Perfusion concept. LoRA and embedding files have loaders of their own."
+        )
+    version = metadata["perfusion.format"]
+    if version != str(FORMAT):
+        raise ConceptFileError(
+            f"it has format version {str(version)[:20]}, this version reads {FORMAT}. Update ComfyUI-Perfusion."
+        )
+    try:
+        family = Family.from_json(metadata["perfusion.family"])
+        placeholder, super_category = metadata["perfusion.placeholder"], _text(metadata["perfusion.super_category"])
+        training = json.loads(metadata.get("perfusion.training", "{}"))
+        if not isinstance(training, dict):
+            raise ValueError("training settings are not a table")
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConceptFileError(f"its metadata is damaged ({error}). Copy or train it again.") from None
+    expected = {"i_star", "d_star", "e_super", "o_star_v", *(_EMBEDDING + name for name in family.encoders)}
+    if set(header) != expected:
+        odd = sorted(str(name)[:60] for name in set(header) ^ expected)
+        raise ConceptFileError(f"it does not hold the tensors of a concept (missing or unknown: {', '.join(odd[:4])})")
+    if not all(isinstance(entry, dict) and entry.get("dtype") in _DTYPES for entry in header.values()):
+        raise ConceptFileError(f"its tensors are of unknown types; concepts use {', '.join(sorted(_DTYPES))}")
+    try:
+        tensors = load_tensors(path.read_bytes())
+    except SafetensorError as error:
+        raise ConceptFileError(f"it is damaged or cut off ({error}). Copy or download it again.") from None
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    values = tensors["o_star_v"]
+    _require_shape("o_star_v", values, (sum(family.layers.values()),))
+    concept = Concept(
+        family=family,
+        placeholder=placeholder,
+        super_category=super_category,
+        embeddings={name: tensors[_EMBEDDING + name] for name in family.encoders},
+        i_star=tensors["i_star"],
+        d_star=tensors["d_star"],
+        e_super=tensors["e_super"],
+        o_star_v=dict(zip(family.layers, values.split(list(family.layers.values())), strict=True)),
+        form=metadata.get("perfusion.form", ""),
+        estimator=metadata.get("perfusion.estimator", ""),
+        encoder=_text(metadata.get("perfusion.encoder", "")),
+        training=training,
+        created=_text(metadata.get("modelspec.date", "")),
+        thumbnail=str(metadata.get("modelspec.thumbnail", ""))[:MAX_THUMBNAIL],
+    )
+    if concept.digest != metadata.get("perfusion.digest"):
+        raise ConceptFileError("its content is not what its digest says: it was damaged. Copy or download it again.")
+    return concept
+
+
+def _holds(path: Path, digest: str) -> bool:
+    try:
+        metadata = read_header(path).get("__metadata__") or {}
+    except (OSError, ConceptFileError):
+        return False
+    return isinstance(metadata, dict) and metadata.get("perfusion.digest") == digest
+
+
+def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ConceptFileError(f"{name} has shape {tuple(tensor.shape)}, its family asks for {shape}")
+    if not tensor.isfinite().all():
+        raise ConceptFileError(f"{name} holds numbers that are not finite: training diverged or the file is damaged")
+
+
+def _text(value: Any) -> str:
+    """Text from a file, bounded and without control characters."""
+    return "".join(c for c in str(value)[:200] if c.isprintable())
+
+
+def _body(file: bytes) -> bytes:
+    """The tensor part of a .safetensors file."""
+    return file[8 + struct.unpack("<Q", file[:8])[0] :]

@@ -1,0 +1,297 @@
+"""The gated rank-one edit of keys and values (Tewel et al. 2023, equations 3 to 5), for any number of concepts.
+
+Axes are named as follows: ``b`` batch, ``m`` token, ``d`` width of a text encoding, ``j`` concept, ``i`` inner width of
+one layer's keys or values. For a text encoding e_m and concepts j with target input i*_j, dual vector d*_j and target
+output o*_j of the layer,
+
+    r_mj = (e_m . d*_j) / (i*_j . d*_j)        how much of the concept is in the token
+    g_mj = sigmoid((r_mj - beta_j) / tau_j)    its gate
+
+and the edited projection h_m of W e_m is, in the paper's form and in the form that leaves unrelated tokens alone,
+
+    h_m = W (e_m - sum_j a_mj i*_j) + sum_j g_mj o*_j       with a = S G^-1, S = E D^T, G = I D^T
+    h_m = W e_m + sum_j g'_mj (o*_j - W i*_j)               with g' = g, brought to 0 for r <= beta / 2
+
+Both are ``W e_m`` plus a correction of rank 2J whose coefficients depend on the text alone: they are computed once per
+context, in float32 with autocast off, and serve every layer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from .locking import KeyLock, Lock
+
+Form = Literal["paper", "preserving"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+# Beyond this cosine (in the metric of d*) two concepts cannot be told apart: the inverse of G would amplify noise.
+PARALLEL = 0.995
+_MAX_GRAM_CONDITION = 1e6
+_REMEMBERED_CONTEXTS = 4
+
+
+class ParallelConceptsError(ValueError):
+    """Two concepts whose target inputs are so alike that no gate can tell one from the other."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One concept's gate: bias beta, temperature tau, and how strongly its edit is applied (0 to 1, or beyond)."""
+
+    bias: float = 0.6
+    temperature: float = 0.15
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"a gate's temperature must be above 0, not {self.temperature}")
+
+
+def presence(context: Tensor, i_star: Tensor, d_star: Tensor) -> Tensor:
+    """r: how much of each concept is in each token. (..., m, d), (j, d), (j, d) -> (..., m, j), float32."""
+    scale = einsum(i_star.float(), d_star.float(), "j d, j d -> j")
+    return einsum(context.float(), d_star.float(), "... m d, j d -> ... m j") / scale
+
+
+def gate(r: Tensor, bias: Tensor | float, temperature: Tensor | float) -> Tensor:
+    """g = sigmoid((r - beta) / tau) (eq. 4). Any shape; bias and temperature broadcast against it."""
+    return torch.sigmoid((r - bias) / temperature)
+
+
+def preserving_gate(r: Tensor, bias: Tensor | float, temperature: Tensor | float) -> Tensor:
+    """The gate of the identity-preserving form: exactly 0 for r <= beta / 2, then rising to 1 without a jump.
+
+    The plain gate is 0.0006 to 0.07 at r = 0; times the full difference o* - W i* that would touch every token.
+    """
+    floor = torch.sigmoid(torch.as_tensor(-bias / (2 * temperature), dtype=r.dtype, device=r.device))
+    return torch.relu(gate(r, bias, temperature) - floor) / (1 - floor)
+
+
+def gram(i_star: Tensor, d_star: Tensor) -> Tensor:
+    """G_ab = i*_a . d*_b in float64. (j, d), (j, d) -> (j, j)."""
+    return einsum(i_star.double(), d_star.double(), "a d, b d -> a b")
+
+
+def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str]) -> None:
+    """Raise ParallelConceptsError, naming both, when two target inputs (j, d) are near-parallel in the metric."""
+    g = gram(i_star, d_star)
+    norm = g.diagonal().clamp_min(torch.finfo(g.dtype).tiny).sqrt()
+    # G is symmetric only when all concepts share one metric; with a metric each, the mean of both directions counts.
+    cosine = (g + g.T) / 2 / torch.outer(norm, norm)
+    for a in range(len(names)):
+        for b in range(a + 1, len(names)):
+            if cosine[a, b].abs() > PARALLEL:
+                raise ParallelConceptsError(
+                    f"{names[a]} and {names[b]} are too alike to be combined (cosine {cosine[a, b]:.4f}): their gates "
+                    "would answer to each other's word. Switch one of them off, or train it with another placeholder "
+                    "and more steps."
+                )
+    if len(names) > 1 and torch.linalg.cond(cosine) > _MAX_GRAM_CONDITION:
+        raise ParallelConceptsError(
+            f"{', '.join(names)} together are too alike to be told apart. Switch one of them off."
+        )
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What the text side of J concepts needs: the matrices that turn a context into gates. All float32.
+
+    ``detector`` (d, 2j) gives r in its first J columns and a = S G^-1 in the others; ``bias``, ``temperature``,
+    ``strength`` and ``preserving`` are (j,).
+    """
+
+    i_star: Tensor
+    detector: Tensor
+    bias: Tensor
+    temperature: Tensor
+    strength: Tensor
+    preserving: Tensor
+    any_preserving: bool
+
+    @classmethod
+    def of(
+        cls,
+        i_star: Tensor,
+        d_star: Tensor,
+        gates: Sequence[Gate],
+        forms: Sequence[Form],
+        names: Sequence[str] | None = None,
+    ) -> Directions:
+        """Stack J concepts: i* and d* (j, d), a gate and a form each.
+
+        Raises ParallelConceptsError when two of them cannot be told apart.
+        """
+        if not (len(i_star) == len(d_star) == len(gates) == len(forms)):
+            raise ValueError("i*, d*, gates and forms must be given for the same number of concepts")
+        require_distinct(i_star, d_star, names or [f"concept {j + 1}" for j in range(len(gates))])
+        preserving = torch.tensor([form == "preserving" for form in forms])
+        own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
+        # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
+        subtracted = torch.zeros_like(own)
+        if (paper := ~preserving).any():
+            subtracted[paper] = torch.linalg.solve(gram(i_star[paper], d_star[paper]).T, d_star[paper].double())
+        return cls(
+            i_star=i_star.float(),
+            detector=rearrange(torch.cat([own, subtracted]), "two_j d -> d two_j").float().contiguous(),
+            bias=torch.tensor([g.bias for g in gates]),
+            temperature=torch.tensor([g.temperature for g in gates]),
+            strength=torch.tensor([g.strength for g in gates]),
+            preserving=preserving,
+            any_preserving="preserving" in forms,
+        )
+
+    def __len__(self) -> int:
+        return len(self.bias)
+
+    def to(self, device: torch.device) -> Directions:
+        """The same on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def coefficients(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32."""
+        with torch.autocast(context.device.type, enabled=False):
+            parts = context.float() @ self.detector
+            r, subtracted = parts.chunk(2, dim=-1)
+            opened = gate(r, self.bias, self.temperature)
+            if self.any_preserving:
+                kept = preserving_gate(r, self.bias, self.temperature)
+                opened = torch.where(self.preserving, kept, opened)
+                subtracted = torch.where(self.preserving, kept, subtracted)
+            return -self.strength * subtracted, self.strength * opened
+
+    def gates(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32."""
+        r = context.float() @ self.detector[:, : len(self)]
+        opened = gate(r, self.bias, self.temperature)
+        return r, torch.where(self.preserving, preserving_gate(r, self.bias, self.temperature), opened)
+
+
+class _Remembered:
+    """What was computed from a context tensor, for as long as that very tensor lives unchanged."""
+
+    def __init__(self, context: Tensor, value: dict[str, Tensor]):
+        self._context = weakref.ref(context)
+        self._version = _version(context)
+        self.value = value
+
+    def alive(self) -> bool:
+        return self._context() is not None
+
+    def is_of(self, context: Tensor) -> bool:
+        return self._context() is context and self._version == _version(context)
+
+
+def _version(tensor: Tensor) -> int | None:
+    # Inference tensors keep no version counter; hosts never write into a context in place.
+    return None if tensor.is_inference() else tensor._version
+
+
+class KeyValueEdit:
+    """The edits of J concepts on the key and value projections of one model.
+
+    ``e_super`` (j, d) are the encodings that locked keys stand for; ``o_star_v`` maps a layer to its target values
+    (j, i). ``project`` is what a host calls in place of a layer's ``to_k`` or ``to_v``.
+    """
+
+    def __init__(
+        self,
+        directions: Directions,
+        e_super: Tensor,
+        o_star_v: dict[str, Tensor],
+        locks: Iterable[Lock] | None = None,
+    ):
+        self.directions = directions
+        self.o_star_v = o_star_v
+        self._locked = torch.cat([directions.i_star, e_super.float()])
+        self.key_lock = KeyLock(tuple(locks) if locks is not None else ("local",) * len(directions))
+        self._placed: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._directions_on: dict[torch.device, Directions] = {}
+        self._remembered: list[_Remembered] = []
+
+    def project(
+        self, layer: str, path: Literal["k", "v"], context: Tensor, linear: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The edited projection of a context: (b, m, d) -> (b, m, i). ``linear`` is the layer's own projection.
+
+        ``W i*`` and the locked ``W e_super`` are read by sending them through ``linear`` behind the tokens, in the same
+        call: exact under whatever the host does to its weights (low-rank patches, casting, offloading, hooks).
+        """
+        coefficients = self._coefficients(context)
+        if path == "v":
+            return self._apply(
+                context,
+                linear,
+                coefficients["v"],
+                inputs=self._place("i_star", self.directions.i_star, context),
+                target=self._place(layer, self.o_star_v[layer], context),
+            )
+        tokens = coefficients.get("k_tokens", context)
+        if "k" not in coefficients:
+            return linear(tokens)
+        locked = self._place("locked", self._locked, context)
+        return self._apply(tokens, linear, coefficients["k"], inputs=locked, target=None)
+
+    def _apply(
+        self,
+        tokens: Tensor,
+        linear: Callable[[Tensor], Tensor],
+        coefficients: Tensor,
+        inputs: Tensor,
+        target: Tensor | None,
+    ) -> Tensor:
+        """``linear(tokens)`` plus coefficients (b, m, 2j) times the basis [W i*; o*], o* being W e_super for keys."""
+        batch, length, _ = tokens.shape
+        behind = inputs.to(tokens).expand(batch, *inputs.shape)
+        projected = linear(torch.cat([tokens, behind], dim=1))
+        basis = projected[:, length:]
+        if target is not None:
+            basis = torch.cat([basis, target.to(basis).expand(batch, *target.shape)], dim=1)
+        return torch.baddbmm(projected[:, :length], coefficients.to(projected), basis)
+
+    def _coefficients(self, context: Tensor) -> dict[str, Tensor]:
+        # A compiler removes the common subexpressions itself and must not trace bookkeeping on weak references.
+        if torch.compiler.is_compiling():
+            return self._compute(context)
+        for entry in self._remembered:
+            if entry.is_of(context):
+                return entry.value
+        value = self._compute(context)
+        alive = [entry for entry in self._remembered if entry.alive()][: _REMEMBERED_CONTEXTS - 1]
+        self._remembered = [_Remembered(context, value), *alive]
+        return value
+
+    def _compute(self, context: Tensor) -> dict[str, Tensor]:
+        subtracted, opened = self._directions(context.device).coefficients(context)
+        value = {"v": torch.cat([subtracted, opened], dim=-1).to(context.dtype)}
+        shifted = self.key_lock.shifted(context)
+        if shifted is not None:
+            value["k_tokens"] = shifted
+        locally = self.key_lock.locally(shifted is not None)
+        if all(locally):
+            value["k"] = value["v"]
+        elif any(locally):
+            value["k"] = value["v"] * torch.tensor(locally * 2, dtype=context.dtype, device=context.device)
+        return value
+
+    def _directions(self, device: torch.device) -> Directions:
+        if device not in self._directions_on:
+            self._directions_on[device] = self.directions.to(device)
+        return self._directions_on[device]
+
+    def _place(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+        """The tensor on the device and in the dtype of the context; remembered, since nothing moves ours for us."""
+        if tensor.requires_grad:
+            return tensor.to(device=like.device, dtype=like.dtype)
+        key = (name, like.device, like.dtype)
+        if key not in self._placed:
+            self._placed[key] = tensor.detach().to(device=like.device, dtype=like.dtype)
+        return self._placed[key]

@@ -1,0 +1,107 @@
+"""What the method asks of a program that runs a diffusion model. Shapes as in the paper; b batch, m tokens, d width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..edit import KeyValueEdit
+from ..family import Family
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that a prompt may contain and what stands in its place: token embeddings, or plain text.
+
+    ``embeddings`` maps each text encoder to (n, width) rows; with None the tokens of ``text`` stand there. Either way
+    the place is known by token, whatever the words before it are made of.
+    """
+
+    placeholder: str
+    text: str
+    embeddings: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Encoded prompts: ``context`` (b, m, d) float; ``word`` and ``padding`` (b, m) bool: the word's own tokens, and
+    everything behind the first end token. ``pooled`` (b, p) for families whose network wants it."""
+
+    context: Tensor
+    word: Tensor
+    padding: Tensor
+    pooled: Tensor | None = None
+
+    def select(self, index: Tensor) -> Encodings:
+        """The encodings of prompts ``index`` (n,), in that order, repeated where it repeats."""
+        pooled = None if self.pooled is None else self.pooled[index.to(self.pooled.device)]
+        here = index.to(self.word.device)
+        return Encodings(self.context[index], self.word[here], self.padding[here], pooled)
+
+
+class TextHost(Protocol):
+    """The text encoders of a model."""
+
+    @property
+    def family(self) -> Family:
+        """Structure of the model."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the encoders' weights and settings (layer, norm): statistics of one serve no other."""
+        ...
+
+    def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
+        """Encode prompts, the first chunk of tokens of each; differentiable with respect to the word's embeddings.
+
+        ``word`` and ``padding`` of the result lie on the CPU.
+        """
+        ...
+
+    def token_embeddings(self, text: str) -> dict[str, Tensor]:
+        """Encoder -> rows (n, width), float32, of the tokens of a text. Empty where it tokenizes to nothing."""
+        ...
+
+    def embedding_scale(self) -> dict[str, float]:
+        """Encoder -> standard deviation of its embedding table."""
+        ...
+
+
+class Host(TextHost, Protocol):
+    """A model that can be trained on: text encoders, image encoder and denoising network."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        ...
+
+    @property
+    def prediction(self) -> Literal["eps", "v"]:
+        """What the network was trained to predict."""
+        ...
+
+    def training(self, *, gradient_checkpointing: bool = False) -> AbstractContextManager[None]:
+        """Loads the models and makes them differentiable for the time of the block; leaves nothing patched."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Photos (b, height, width, 3) in 0..1 -> latents (b, c, height / 8, width / 8), scaled as the network sees."""
+        ...
+
+    def noise_levels(self) -> Tensor:
+        """sigma (t,) of each training timestep, ascending, float32."""
+        ...
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
+        """x0 estimated from ``noisy`` = x0 + sigma * noise (b, c, h, w), sigma (b,), with keys and values edited."""
+        ...
+
+    def project_values(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Layer -> W_V v of vectors (n, d): (n, i), float32, by the weights in force."""
+        ...

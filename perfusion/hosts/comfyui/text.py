@@ -1,0 +1,301 @@
+"""Words on a CLIP: teaching its tokenizer a placeholder, encoding prompts, and the twin that global locking needs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from comfy.conds import CONDCrossAttn
+from comfy.patcher_extension import PatcherInjection
+from torch import Tensor
+
+from ...hosts.base import Encodings, Word
+from ...locking import twin
+from ...stack import ConceptStack
+from .structure import encoder_widths
+
+logger = logging.getLogger(__name__)
+
+KEY = "perfusion"
+KEY_SHIFT = "perfusion_key_shift"
+
+
+class _WordId(int):
+    """A token id that stands where a word was asked for."""
+
+
+class TaughtTokenizer:
+    """A CLIP tokenizer that knows further words; everything else is the original's.
+
+    ``words`` maps a placeholder to what its tokens become: ids, or embedding rows, which the host's encoders take in
+    place of ids. ``seen`` is told of each such word that a text contains.
+    """
+
+    def __init__(self, original: Any, words: Mapping[str, Sequence[Any]], seen: Callable[[str], None] | None = None):
+        self._original = original
+        self._seen = seen
+        self._words = {word.lower(): list(tokens) for word, tokens in words.items()}
+        longest_first = sorted(self._words, key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
+        self._start, self._end = _ends(original)
+
+    def __call__(self, text: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+        pieces = self._pattern.split(text)
+        if len(pieces) == 1:
+            return self._original(text, *args, **kwargs)
+        ids = list(self._start)
+        for piece in pieces:
+            word = piece.lower()
+            if word in self._words:
+                ids += self._words[word]
+                if self._seen is not None:
+                    self._seen(word)
+            elif piece.strip():
+                ids += _without_ends(self._original, piece)
+        return {"input_ids": ids + list(self._end)}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_original":
+            raise AttributeError(name)  # a copy is made before there is an original to ask
+        return getattr(self._original, name)
+
+
+def ids_of(clip: Any, encoder: str, text: str) -> list[Any]:
+    """Token ids of a text, without start and end, by the tokenizer of one encoder."""
+    return _without_ends(getattr(clip.tokenizer, encoder).tokenizer, text)
+
+
+def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The start and end tokens that a tokenizer puts around every text."""
+    empty = tokenizer("")["input_ids"]
+    return empty[:1], empty[1:]
+
+
+def _without_ends(tokenizer: Any, text: str) -> list[Any]:
+    start, end = _ends(tokenizer)
+    ids = tokenizer(text)["input_ids"]
+    return ids[len(start) : len(ids) - len(end)]
+
+
+def taught(
+    clip: Any, words: Mapping[str, Mapping[str, Sequence[Any]]], seen: Callable[[str], None] | None = None
+) -> Any:
+    """A tokenizer that knows ``words``: placeholder -> encoder -> tokens. The CLIP's own is left as it is."""
+    tokenizer = copy.copy(clip.tokenizer)
+    for encoder in encoder_widths(clip):
+        own = copy.copy(getattr(tokenizer, encoder))
+        stand_ins = {word: tokens[encoder] for word, tokens in words.items()}
+        own.tokenizer = TaughtTokenizer(own.tokenizer, stand_ins, seen)
+        setattr(tokenizer, encoder, own)
+    return tokenizer
+
+
+def marked(row: Tensor, placeholder: str, place: int) -> Tensor:
+    """An embedding row that remembers which word it belongs to, and its place there."""
+    row.perfusion_word = (placeholder, place)  # type: ignore[attr-defined]
+    return row
+
+
+def first_chunk(tokenizer: Any, prompt: str) -> dict[str, list[Any]]:
+    """Encoder key ("l") -> tokens of the first chunk of a prompt, weights left out."""
+    tokens = tokenizer.tokenize_with_weights(_escaped(prompt))
+    return {key: [entry[0] for entry in chunks[0]] for key, chunks in tokens.items()}
+
+
+def encode(clip: Any, prompts: Sequence[str], word: Word | None = None, *, pooled: bool = False) -> Encodings:
+    """Encode the first chunk of each prompt, in one call of the encoders; see ``TextHost.encode``."""
+    widths = encoder_widths(clip)
+    tokenizer = clip.tokenizer
+    if word is not None:
+        stand_ins: dict[str, list[Any]] = {}
+        for encoder in widths:
+            if word.embeddings is None:
+                stand_ins[encoder] = [_WordId(token) for token in ids_of(clip, encoder, word.text)]
+            else:
+                rows = word.embeddings[encoder].unbind(0)
+                stand_ins[encoder] = [marked(row, word.placeholder, k) for k, row in enumerate(rows)]
+        tokenizer = taught(clip, {word.placeholder: stand_ins})
+    chunks = [first_chunk(tokenizer, prompt) for prompt in prompts]
+    keys = list(chunks[0])
+    one = keys[0]
+    stands = torch.tensor([[_stands_in(token) for token in chunk[one]] for chunk in chunks])
+    end = getattr(tokenizer, f"clip_{one}").end_token
+    padding = torch.tensor([_behind_end([token for token in chunk[one]], end) for chunk in chunks])
+    if pooled:
+        each = [_encode_chunks(clip, {key: [chunk[key]] for key in keys}) for chunk in chunks]
+        context, pools = torch.cat([context for context, _ in each]), torch.cat([pool for _, pool in each])
+    else:
+        # The encoders take the chunks of one long prompt as a batch, and lay the encodings one after the other.
+        context, pools = _encode_chunks(clip, {key: [chunk[key] for chunk in chunks] for key in keys})
+        context, pools = context.view(len(chunks), -1, context.shape[-1]), None
+    return Encodings(context, stands, padding, pools)
+
+
+def _encode_chunks(clip: Any, chunks: dict[str, list[list[Any]]]) -> tuple[Tensor, Tensor]:
+    weighted = {key: [[(token, 1.0) for token in chunk] for chunk in rows] for key, rows in chunks.items()}
+    return clip.encode_from_tokens(weighted, return_pooled=True)
+
+
+def _stands_in(token: Any) -> bool:
+    return isinstance(token, _WordId) or hasattr(token, "perfusion_word")
+
+
+def _behind_end(tokens: list[Any], end: Any) -> list[bool]:
+    ends = [k for k, token in enumerate(tokens) if isinstance(token, int) and token == end and k > 0]
+    first = ends[0] if ends else len(tokens)
+    return [k > first for k in range(len(tokens))]
+
+
+def _escaped(prompt: str) -> str:
+    """A caption's parentheses are text, not prompt weights."""
+    return prompt.replace("(", "\\(").replace(")", "\\)")
+
+
+class WordUsage:
+    """Which concepts' words have been seen in prompts: shared by a MODEL and the CLIP that concepts were put on."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self._expected: list[str] = []
+
+    def expect(self, words: Sequence[str]) -> None:
+        """Words that prompts should contain."""
+        self._expected = list(words)
+
+    def warn_of_missing(self) -> None:
+        """Say once, when sampling begins, which concepts cannot appear because no prompt names them."""
+        missing = [word for word in self._expected if word not in self.seen]
+        self._expected = []
+        if missing:
+            logger.warning(
+                "No prompt contains %s, so the concept will not appear: write the word into the text, in a text node "
+                "that is connected to the CLIP of Apply Concepts.",
+                ", ".join(missing),
+            )
+
+
+class Words:
+    """The concepts a CLIP has been taught, as the attachment of its patcher."""
+
+    def __init__(self, stack: ConceptStack):
+        self.stack = stack
+        self.previous: Callable[..., Any] | None = None
+        self.was_own = False
+
+    def on_model_patcher_clone(self) -> Words:
+        """Called by the host when it clones a patcher."""
+        return Words(self.stack)
+
+
+def apply_to_clip(clip: Any, stack: ConceptStack, usage: WordUsage) -> Any:
+    """A clone of the CLIP that knows the words of these concepts, added to those it was taught before."""
+    clone = clip.clone()
+    stack = stack.active
+    if not len(stack):
+        return clone
+    before = clip.patcher.get_attachment(KEY)
+    together = stack if before is None else before.stack + stack
+    clone.tokenizer = taught(
+        clip,
+        {
+            use.concept.placeholder: {
+                encoder: [marked(row.clone(), use.concept.placeholder, k) for k, row in enumerate(rows)]
+                for encoder, rows in use.concept.embeddings.items()
+            }
+            for use in stack.uses
+        },
+        usage.seen.add,
+    )
+    clone.patcher.set_attachments(KEY, Words(together))
+    if any(use.lock == "global" for use in together.uses):
+        super_categories = _super_category_tokens(clip, together)
+        clone.patcher.set_injections(KEY, [_twin_injection(super_categories)])
+    return clone
+
+
+def _super_category_tokens(clip: Any, stack: ConceptStack) -> dict[str, dict[str, list[int]]]:
+    """Encoder key -> placeholder -> token ids of the super-category, for concepts with globally locked keys."""
+    return {
+        encoder.removeprefix("clip_"): {
+            use.concept.placeholder: ids_of(clip, encoder, use.concept.super_category)
+            for use in stack.uses
+            if use.lock == "global"
+        }
+        for encoder in encoder_widths(clip)
+    }
+
+
+def _twin_injection(super_categories: Mapping[str, Mapping[str, list[int]]]) -> PatcherInjection:
+    """Makes the text encoder deliver, with each conditioning, the shift to its twin with super-categories in place."""
+
+    def inject(patcher: Any) -> None:
+        model, words = patcher.model, patcher.get_attachment(KEY)
+        if words is None or words.previous is not None:
+            return
+        words.was_own = "encode_token_weights" in vars(model)
+        previous = words.previous = model.encode_token_weights
+
+        def encode_token_weights(tokens: dict[str, Any]) -> tuple[Any, ...]:
+            out = previous(tokens)
+            shift = _shift(out[0], tokens, super_categories, lambda twins: previous(twins)[0])
+            extra = dict(out[2]) if len(out) > 2 else {}
+            extra["model_conds"] = {**extra.get("model_conds", {}), KEY_SHIFT: CONDCrossAttn(shift)}
+            return (out[0], out[1], extra)
+
+        encode_token_weights.perfusion_owner = words  # type: ignore[attr-defined]
+        model.encode_token_weights = encode_token_weights
+
+    def eject(patcher: Any) -> None:
+        words = patcher.get_attachment(KEY)
+        if words is None or words.previous is None:
+            return
+        previous, words.previous = words.previous, None
+        current = vars(patcher.model).get("encode_token_weights")
+        if getattr(current, "perfusion_owner", None) is not words:
+            return
+        if words.was_own:
+            patcher.model.encode_token_weights = previous
+        else:
+            del patcher.model.encode_token_weights
+
+    return PatcherInjection(inject=inject, eject=eject)
+
+
+def _shift(
+    context: Tensor,
+    tokens: dict[str, list[list[Any]]],
+    super_categories: Mapping[str, Mapping[str, list[int]]],
+    encode_twins: Callable[[dict[str, Any]], Tensor],
+) -> Tensor:
+    """The encoding with super-categories in place minus the encoding: (1, chunks * m, d), zero without such words."""
+    twins: dict[str, list[list[Any]]] = {}
+    index: list[int] = []
+    found = False
+    for key, chunks in tokens.items():
+        replacements = super_categories.get(key, {})
+        twins[key], index = [], []
+        for number, chunk in enumerate(chunks):
+            word = [_replacement(entry, replacements) for entry in chunk]
+            found = found or any(entry is not None for entry in word)
+            new, places = twin(chunk, word, len(chunk))
+            twins[key].append(new)
+            index += [-1 if place < 0 else number * len(chunk) + place for place in places]
+    if not found or len(index) != context.shape[1]:
+        return torch.zeros_like(context)
+    other = encode_twins(twins)
+    places = torch.tensor(index, device=other.device)
+    gathered = other[:, places.clamp_min(0)]
+    kept = (places >= 0).view(1, -1, 1).to(context.device)
+    return torch.where(kept, gathered.to(context) - context, torch.zeros_like(context))
+
+
+def _replacement(entry: tuple[Any, ...], replacements: Mapping[str, list[int]]) -> list[tuple[Any, ...]] | None:
+    """What stands in the twin for a token (id or row, weight, ...): None for itself."""
+    placeholder, place = getattr(entry[0], "perfusion_word", (None, 0))
+    if placeholder not in replacements:
+        return None
+    return [] if place else [(token, *entry[1:]) for token in replacements[placeholder]]

@@ -1,0 +1,202 @@
+"""Training inside ComfyUI's executor: its models made differentiable for a while, and put back as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from hashlib import sha256
+from typing import Any, Literal
+
+import comfy.clip_model
+import comfy.model_management
+import comfy.model_sampling
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...edit import KeyValueEdit
+from ...family import Family
+from ...stack import ConceptStack
+from ..base import Encodings, Word
+from . import text as text_side
+from .apply import Applied, attach, detach
+from .structure import UnsupportedModelError, encoder_widths, family_of, projections
+
+_PROBES = ("a photo of a cat", "Two red chairs, by the sea; 1987!")
+
+
+class ComfyHost:
+    """A MODEL, its CLIP and its VAE, as the trainer sees them (``perfusion.hosts.base.Host``).
+
+    Raises UnsupportedModelError when the model or CLIP is of another kind.
+    """
+
+    def __init__(self, model: Any, clip: Any, vae: Any = None):
+        dynamic = getattr(model, "is_dynamic", lambda: False)()
+        # Weights that are streamed in call by call cannot be differentiated through: such a model is read once more.
+        self._model = model.clone(disable_dynamic=True) if dynamic else model.clone()
+        self._clip = clip.clone(disable_dynamic=True) if dynamic else clip.clone()
+        self._vae = vae
+        detach(self._model)
+        self.family: Family = family_of(model, clip)
+        self._live = Applied(ConceptStack())
+        attach(self._model, self._live)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return self._model.load_device
+
+    @property
+    def prediction(self) -> Literal["eps", "v"]:
+        """What the network predicts. Raises UnsupportedModelError for flow-matching and other kinds."""
+        sampling = self._model.get_model_object("model_sampling")
+        if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+            return "v"
+        if isinstance(sampling, comfy.model_sampling.EPS):
+            return "eps"
+        raise UnsupportedModelError(
+            f"the model on input 'model' predicts neither noise nor velocity ({type(sampling).__name__}): "
+            "use a Stable Diffusion 1.x, 2.x or SDXL checkpoint"
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of what the encoders make of two probe texts: weights, patches, layer and norm all show in it."""
+        with torch.no_grad():
+            context = text_side.encode(self._clip, _PROBES).context
+        digits = (context.detach().float().cpu() * 1000).round().to(torch.int32)
+        return sha256(digits.contiguous().numpy().tobytes()).hexdigest()
+
+    def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
+        """See ``TextHost.encode``."""
+        return text_side.encode(self._clip, prompts, word, pooled=self._wants_pooled)
+
+    def token_embeddings(self, text: str) -> dict[str, Tensor]:
+        """See ``TextHost.token_embeddings``."""
+        rows = {}
+        for encoder in encoder_widths(self._clip):
+            ids = text_side.ids_of(self._clip, encoder, text)
+            rows[encoder] = self._table(encoder)[torch.tensor(ids, dtype=torch.long)].detach().float().cpu().clone()
+        return rows
+
+    def embedding_scale(self) -> dict[str, float]:
+        """See ``TextHost.embedding_scale``."""
+        return {encoder: float(self._table(encoder).detach().float().std()) for encoder in encoder_widths(self._clip)}
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See ``Host.encode_images``."""
+        with torch.no_grad():
+            latent = self._vae.encode(images)
+        return self._model.model.process_latent_in(latent.float().cpu()).clone()
+
+    def noise_levels(self) -> Tensor:
+        """See ``Host.noise_levels``."""
+        return self._model.get_model_object("model_sampling").sigmas.detach().float().clone()
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
+        """See ``Host.denoise``."""
+        model, extra = self._model.model, {}
+        if self._wants_pooled:
+            height, width = (8 * side for side in noisy.shape[-2:])
+            extra["y"] = model.encode_adm(pooled_output=text.pooled, width=width, height=height, device=noisy.device)
+        # It stays in force behind this call: checkpointed blocks are computed again in the backward pass.
+        self._live.edit = edit
+        return model.apply_model(
+            noisy, sigma, c_crossattn=text.context.to(noisy.device), transformer_options={}, **extra
+        )
+
+    def project_values(self, vectors: Tensor) -> dict[str, Tensor]:
+        """See ``Host.project_values``."""
+        model, self._live.edit = self._model.model, None
+        with torch.no_grad():
+            vectors = vectors.unsqueeze(0).to(self.device, model.get_dtype_inference())
+            return {layer: to_v(vectors).squeeze(0).float() for layer, _, to_v in projections(model.diffusion_model)}
+
+    @contextmanager
+    def training(self, *, gradient_checkpointing: bool = False) -> Iterator[None]:
+        """See ``Host.training``. Nodes run in inference mode, whose tensors autograd refuses: the block leaves it."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            comfy.model_management.load_models_gpu([self._model, self._clip.patcher], force_full_load=True)
+            for network in (self._model.model, self._clip.cond_stage_model):
+                _make_ordinary(network)
+                network.requires_grad_(False)
+            stack.enter_context(_differentiable_encoders(self._clip.cond_stage_model))
+            if gradient_checkpointing:
+                stack.enter_context(_checkpointed(self._model.model.diffusion_model))
+            stack.enter_context(_host_in_training())
+            try:
+                yield
+            finally:
+                self._live.edit = None
+
+    @property
+    def _wants_pooled(self) -> bool:
+        return getattr(self._model.model, "adm_channels", 0) > 0
+
+    def _table(self, encoder: str) -> Tensor:
+        return getattr(self._clip.cond_stage_model, encoder).transformer.get_input_embeddings().weight
+
+
+def _make_ordinary(network: torch.nn.Module) -> None:
+    """Replace inference tensors, once, by ordinary ones of the same values, in which autograd can work."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                module._buffers[name] = buffer.clone()
+
+
+@contextmanager
+def _replaced_forwards(replacements: dict[torch.nn.Module, Any]) -> Iterator[None]:
+    """Other forwards for some modules, for the time of the block."""
+    own = {module: vars(module).get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def _differentiable_encoders(cond_stage_model: torch.nn.Module) -> Any:
+    """The host's CLIP layers add in place, which destroys what their norms keep for the backward pass."""
+
+    def out_of_place(layer: Any, x: Tensor, mask: Any = None, optimized_attention: Any = None) -> Tensor:
+        attended = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
+        return attended + layer.mlp(layer.layer_norm2(attended))
+
+    layers = [m for m in cond_stage_model.modules() if isinstance(m, comfy.clip_model.CLIPLayer)]
+    return _replaced_forwards({layer: partial(out_of_place, layer) for layer in layers})
+
+
+def _checkpointed(diffusion_model: torch.nn.Module) -> Any:
+    """Activations inside residual blocks and spatial transformers are computed again in the backward pass."""
+    blocks = [m for m in diffusion_model.modules() if isinstance(m, (ResBlock, SpatialTransformer))]
+    return _replaced_forwards({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks})
+
+
+@contextmanager
+def _host_in_training() -> Iterator[None]:
+    """Tells the host's operators, where they ask, that a backward pass will follow."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    if before is None:
+        yield
+        return
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = before

@@ -1,0 +1,112 @@
+"""Concepts in use together: each with its own gate and key lock, and the edit of keys and values they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .concept import Concept
+from .edit import Directions, Gate, KeyValueEdit
+from .locking import LOCKS, Lock
+
+MAX_CONCEPTS = 16
+
+
+class StackError(ValueError):
+    """Concepts that cannot be used together; the message names them and says what to do."""
+
+
+@dataclass(frozen=True)
+class ConceptUse:
+    """A concept and how it is applied."""
+
+    concept: Concept
+    gate: Gate = field(default_factory=Gate)
+    lock: Lock = "local"
+
+    def __post_init__(self) -> None:
+        if self.lock not in LOCKS:
+            raise ValueError(f"a key lock is one of {', '.join(LOCKS)}, not {self.lock!r}")
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything."""
+        return self.gate.strength != 0
+
+    def locked(self, lock: Lock) -> ConceptUse:
+        """The same with another key lock."""
+        return replace(self, lock=lock)
+
+
+@dataclass(frozen=True)
+class ConceptStack:
+    """Any number of concepts, none twice under one word: what travels between nodes.
+
+    Raises StackError when two of them share a placeholder or there are too many.
+    """
+
+    uses: tuple[ConceptUse, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for use in self.uses:
+            word = use.concept.placeholder
+            if word in seen:
+                raise StackError(
+                    f"two concepts share the word {word}: a prompt could not tell them apart. Switch one off, or train "
+                    "it again under another placeholder."
+                )
+            seen.add(word)
+        if len(self.uses) > MAX_CONCEPTS:
+            raise StackError(f"{len(self.uses)} concepts at once; at most {MAX_CONCEPTS} are possible")
+
+    def __add__(self, other: ConceptStack) -> ConceptStack:
+        return ConceptStack(self.uses + other.uses)
+
+    def __len__(self) -> int:
+        return len(self.uses)
+
+    @property
+    def active(self) -> ConceptStack:
+        """Those that change anything."""
+        return ConceptStack(tuple(use for use in self.uses if use.active))
+
+    @property
+    def concepts(self) -> list[Concept]:
+        """The concepts, in order."""
+        return [use.concept for use in self.uses]
+
+    @property
+    def placeholders(self) -> list[str]:
+        """Their words, in order."""
+        return [use.concept.placeholder for use in self.uses]
+
+    def locked(self, lock: Lock) -> ConceptStack:
+        """The same with all keys locked one way."""
+        return ConceptStack(tuple(use.locked(lock) for use in self.uses))
+
+    def edit(self) -> KeyValueEdit:
+        """The edit of keys and values that these concepts make together.
+
+        Raises ParallelConceptsError when two of them cannot be told apart.
+        """
+        return build_edit(self.uses)
+
+
+def build_edit(uses: Sequence[ConceptUse]) -> KeyValueEdit:
+    """The edit of keys and values of concepts of one family."""
+    concepts = [use.concept for use in uses]
+    return KeyValueEdit(
+        Directions.of(
+            torch.stack([c.i_star for c in concepts]),
+            torch.stack([c.d_star for c in concepts]),
+            [use.gate for use in uses],
+            [c.form for c in concepts],
+            [c.placeholder for c in concepts],
+        ),
+        torch.stack([c.e_super for c in concepts]),
+        {layer: torch.stack([c.o_star_v[layer] for c in concepts]) for layer in concepts[0].family.layers},
+        [use.lock for use in uses],
+    )

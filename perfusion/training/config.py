@@ -1,0 +1,87 @@
+"""Settings of a training run. Each field carries its help; nodes and the command line read it from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ..edit import FORMS, Form
+from ..statistics import ESTIMATORS, Estimator
+
+Rates = Literal["relative", "absolute"]
+RATES: tuple[Rates, ...] = get_args(Rates)
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All that decides the outcome of a training run, besides photos, masks, captions and the model.
+
+    Raises ValueError, naming the setting, for a value out of range.
+    """
+
+    steps: int = _setting(200, "Optimizer steps. The best concepts are often found well before the last step.")
+    batch_size: int = _setting(16, "Photos per optimizer step.")
+    micro_batch: int = _setting(
+        0,
+        "Photos computed at once; 0 takes the whole batch. Lower it when memory runs out: "
+        "the result of a step stays the same, it only takes longer.",
+    )
+    resolution: int = _setting(512, "Photos are resized and cropped to this many pixels, a multiple of 64.")
+    rates: Rates = _setting(
+        "relative",
+        "relative: learning rates are shares of the initial size of what is trained, "
+        "right for every model. absolute: plain Adam learning rates, as in the paper.",
+    )
+    value_rate: float = _setting(0.1, "Learning rate of the target values, per step.")
+    embedding_rate: float = _setting(0.05, "Learning rate of the word's embedding, per step.")
+    bias: float = _setting(0.75, "Gate bias while training.")
+    temperature: float = _setting(0.1, "Gate temperature while training.")
+    form: Form = _setting(
+        "paper",
+        "paper: the concept's part of each token is replaced. preserving: tokens far from "
+        "the concept are left exactly alone.",
+    )
+    estimator: Estimator = _setting(
+        "robust",
+        "How the concept is found in a prompt. robust: learned from many "
+        "varied captions, works anywhere in a prompt. paper: from short ones.",
+    )
+    contexts: int = _setting(240, "In how many varied captions the word is looked at to find it in any prompt.")
+    vectors: int = _setting(1, "How many token embeddings the word has.")
+    flip: bool = _setting(True, "Mirror half of the photos. Switch it off for things with writing or a left and right.")
+    gradient_checkpointing: bool = _setting(False, "Use less memory, take about a third longer.")
+    seed: int = _setting(0, "The same seed, photos and settings give the same concept on one machine.")
+
+    def __post_init__(self) -> None:
+        def check(name: str, valid: bool, range_: str) -> None:
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {range_}")
+
+        check("steps", 1 <= self.steps <= 100_000, "1 to 100,000")
+        check("batch_size", 1 <= self.batch_size <= 256, "1 to 256")
+        check("micro_batch", 0 <= self.micro_batch <= 256, "0 to 256")
+        check("resolution", 64 <= self.resolution <= 2048 and self.resolution % 64 == 0, "a multiple of 64 up to 2048")
+        for rate in ("value_rate", "embedding_rate"):
+            check(rate, 0 <= getattr(self, rate) <= 10, "from 0 to 10")
+        check("temperature", 0.001 <= self.temperature <= 10, "from 0.001 to 10")
+        check("bias", -10 <= self.bias <= 10, "from -10 to 10")
+        check("contexts", 8 <= self.contexts <= 2000, "8 to 2000")
+        check("vectors", 1 <= self.vectors <= 32, "1 to 32")
+        check("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
+        check("estimator", self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
+        check("rates", self.rates in RATES, f"one of {', '.join(RATES)}")
+
+    @classmethod
+    def help(cls, name: str) -> str:
+        """What a setting does, for tooltips and ``--help``."""
+        return next(f.metadata["help"] for f in fields(cls) if f.name == name)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> TrainingConfig:
+        """The paper's own setup as far as it is known: its absolute rates, i* over short templates, 400 steps."""
+        setup = {"steps": 400, "rates": "absolute", "value_rate": 0.03, "embedding_rate": 0.006, "estimator": "paper"}
+        return cls(**{**setup, **changes})

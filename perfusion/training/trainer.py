@@ -1,0 +1,314 @@
+"""Learning a concept from photos: the word's embeddings and the target values of each layer, nothing else.
+
+Follows Tewel et al. 2023, section 4: keys locked to the super-category, values learned, the gated edit in place at
+training as at inference, loss weighted by the mask of the thing. The trainer knows no host: it calls the protocol of
+``perfusion.hosts.base`` and reports through callbacks, between optimizer steps, which may raise to stop it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from ..concept import Concept, check_placeholder
+from ..corpus import captions_naming, paper_templates
+from ..edit import Directions, Gate, KeyValueEdit
+from ..hosts.base import Encodings, Host, Word
+from ..statistics import Metric, TextStatistics, directions, word_encodings
+from .config import TrainingConfig
+from .dataset import Photos
+
+EMA = 0.99  # eq. 3 of the method: how slowly the paper's i* follows the embedding
+REFRESH = 25  # steps between looks at the word in varied captions, for the robust i*
+_FIXED_SAMPLES = 8
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did. ``gate`` is how open the gate is on the concept's word, 0 to 1."""
+
+    step: int
+    steps: int
+    loss: float
+    gate: float
+
+
+class Callback(Protocol):
+    """Called after each optimizer step; may raise to stop the training and may ask the trainer for its concept."""
+
+    def __call__(self, trainer: Trainer, report: StepReport) -> None: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is learned: the word that will stand for it, what kind of thing it is, and the captions to train with.
+
+    ``captions`` contain ``{}`` where the word goes, or the placeholder itself.
+    """
+
+    placeholder: str
+    super_category: str
+    captions: Sequence[str] = field(default_factory=paper_templates)
+
+    def prompts(self) -> list[str]:
+        """The captions with the placeholder in place. Raises TrainingError for one that has no place for it."""
+        check_placeholder(self.placeholder)
+        prompts = [caption.replace("{}", self.placeholder) for caption in self.captions]
+        for prompt in prompts:
+            if self.placeholder not in prompt.lower():
+                raise TrainingError(f"the caption {prompt!r} does not contain {self.placeholder}: say where it stands")
+        if not prompts:
+            raise TrainingError("no captions to train with")
+        return prompts
+
+
+class Trainer:
+    """One training run, to be used inside ``host.training()``.
+
+    ``step`` does one optimizer step, ``concept`` gives what has been learned so far, at any time. ``losses`` holds the
+    loss of each step. All randomness comes from the seed of the config.
+    """
+
+    def __init__(
+        self, host: Host, photos: Photos, subject: Subject, statistics: TextStatistics, config: TrainingConfig
+    ):
+        self.host = host
+        self.photos = photos
+        self.subject = subject
+        self.statistics = statistics
+        self.config = config
+        self.losses: list[float] = []
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self._prompts = subject.prompts()
+        self._sigmas = host.noise_levels().cpu()
+        self._start()
+        self._optimizer = torch.optim.Adam(self._parameter_groups(), betas=(0.9, 0.999))
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps so far."""
+        return len(self.losses)
+
+    @property
+    def word(self) -> Word:
+        """The concept's word with the embeddings being trained."""
+        return Word(self.subject.placeholder, self.subject.super_category, self.embeddings)
+
+    def step(self) -> StepReport:
+        """One optimizer step. Raises TrainingError when the loss is no longer a finite number."""
+        config = self.config
+        batch = self._draw(config.batch_size, self.generator)
+        micro = config.micro_batch or config.batch_size
+        self._optimizer.zero_grad(set_to_none=True)
+        loss, gate, mean = 0.0, 0.0, torch.zeros(self.host.family.context_width)
+        for part in batch.split(micro):
+            share = len(part) / config.batch_size
+            part_loss, text = self._loss(part)
+            (part_loss * share).backward()
+            loss += float(part_loss.detach()) * share
+            with torch.no_grad():
+                encoded = text.context[text.word.to(text.context.device)].float()
+                gate += float(self._edit.directions.to(encoded.device).gates(encoded)[1].mean()) * share
+                mean += encoded.mean(0).cpu() * share
+        if not torch.isfinite(torch.tensor(loss)):
+            raise TrainingError(
+                f"the loss of step {self.steps_done + 1} is not a finite number. Lower value_rate and embedding_rate, "
+                "or run the model in 32 bit."
+            )
+        self._optimizer.step()
+        self.losses.append(loss)
+        self._follow(mean)
+        return StepReport(self.steps_done, config.steps, loss, gate)
+
+    def run(self, callbacks: Iterable[Callback] = ()) -> Concept:
+        """Train up to the configured number of steps and return the concept."""
+        callbacks = list(callbacks)
+        while self.steps_done < self.config.steps:
+            report = self.step()
+            for callback in callbacks:
+                callback(self, report)
+        return self.concept()
+
+    def concept(self, extra: Mapping[str, object] | None = None) -> Concept:
+        """What has been learned so far, in the precision of its file. ``extra`` joins the training summary."""
+        with torch.no_grad():
+            i_star, d_star = self._directions(self.config.contexts)
+        return Concept.rounded(
+            family=self.host.family,
+            placeholder=self.subject.placeholder,
+            super_category=self.subject.super_category,
+            embeddings=self.embeddings,
+            i_star=i_star,
+            d_star=d_star,
+            e_super=self.e_super,
+            o_star_v={layer: values.squeeze(0) for layer, values in self.o_star_v.items()},
+            form=self.config.form,
+            estimator=self.config.estimator,
+            encoder=self.host.fingerprint,
+            training={
+                **asdict(self.config),
+                "steps_done": self.steps_done,
+                "photos": len(self.photos),
+                **(extra or {}),
+            },
+        )
+
+    def fixed_loss(self) -> float:
+        """The loss on noise, noise levels, photos and captions that are always the same: comparable between steps."""
+        with torch.no_grad():
+            batch = self._draw(_FIXED_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1))
+            parts = batch.split(self.config.micro_batch or self.config.batch_size)
+            return sum(float(self._loss(part)[0]) * len(part) for part in parts) / _FIXED_SAMPLES
+
+    def _start(self) -> None:
+        """Everything starts at the super-category: embeddings, target values, i* and the keys' e_super."""
+        host, subject, config = self.host, self.subject, self.config
+        rows = host.token_embeddings(subject.super_category)
+        if not all(len(r) for r in rows.values()):
+            raise TrainingError(
+                f"super-category {subject.super_category!r} is no word for the text encoder: "
+                "write what kind of thing it is, such as teddy bear, cat or chair"
+            )
+        self.embeddings = {name: _resample(r, config.vectors).requires_grad_() for name, r in rows.items()}
+        unchanged = all(torch.equal(rows[name], self.embeddings[name]) for name in rows)
+        plain = Word(subject.placeholder, subject.super_category)
+        own = word_encodings(host, self._contexts(config.contexts), plain, last_only=True)
+        self.e_super = own.mean(0)
+        encodings = own if unchanged and config.vectors == 1 else None
+        self.i_star, self.d_star = self._directions(config.contexts, encodings)
+        self._paper_metric: Metric | None = self.statistics.metric() if config.estimator == "paper" else None
+        self.o_star_v = {
+            layer: values.detach().clone().requires_grad_()
+            for layer, values in host.project_values(self.e_super.unsqueeze(0)).items()
+        }
+        self._locate()
+
+    def _parameter_groups(self) -> list[dict]:
+        """One group a tensor: relative rates are shares of its own initial size."""
+        config = self.config
+        relative = config.rates == "relative"
+        scale = self.host.embedding_scale()
+        groups = [
+            {"params": [rows], "lr": config.embedding_rate * (scale[name] if relative else 1.0)}
+            for name, rows in self.embeddings.items()
+        ]
+        for values in self.o_star_v.values():
+            size = float(values.detach().pow(2).mean().sqrt())
+            groups.append({"params": [values], "lr": config.value_rate * (size if relative else 1.0)})
+        return groups
+
+    def _contexts(self, count: int) -> list[str]:
+        """Captions in which the word is looked at: varied ones, or the paper's few short ones."""
+        if self.config.estimator == "paper":
+            return [template.replace("{}", self.subject.placeholder) for template in paper_templates()]
+        return captions_naming(self.subject.placeholder, count)
+
+    def _directions(self, contexts: int, encodings: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.config.estimator == "paper" and self.losses:
+            return self.i_star, self.d_star
+        if encodings is None:
+            encodings = word_encodings(self.host, self._contexts(contexts), self.word)
+        return directions(encodings, self.statistics, self.config.estimator)
+
+    def _follow(self, mean: Tensor) -> None:
+        """Let i* and d* follow the embedding: the paper's moving average, or a look at varied captions now and then."""
+        if self._paper_metric is not None:
+            self.i_star = EMA * self.i_star + (1 - EMA) * mean
+            self.d_star = self._paper_metric.dual(self.i_star)
+        elif self.steps_done % REFRESH == 0 and self.steps_done < self.config.steps:
+            self.i_star, self.d_star = self._directions(max(8, self.config.contexts // 4))
+        else:
+            return
+        self._locate()
+
+    def _locate(self) -> None:
+        """Put the current i* and d* into the edit."""
+        self._edit = KeyValueEdit(
+            Directions.of(
+                self.i_star.unsqueeze(0),
+                self.d_star.unsqueeze(0),
+                [Gate(self.config.bias, self.config.temperature)],
+                [self.config.form],
+            ),
+            self.e_super.unsqueeze(0),
+            self.o_star_v,
+        )
+
+    def _draw(self, count: int, generator: torch.Generator) -> _Batch:
+        shape = (count, *self.photos.latents.shape[1:])
+
+        def below(limit: int) -> Tensor:
+            return torch.randint(limit, (count,), generator=generator)
+
+        photo, prompt, level = below(len(self.photos)), below(len(self._prompts)), below(len(self._sigmas))
+        flipped = (torch.rand(count, generator=generator) < 0.5) & self.config.flip
+        return _Batch(photo, flipped, prompt, level, torch.randn(shape, generator=generator))
+
+    def _loss(self, batch: _Batch) -> tuple[Tensor, Encodings]:
+        """Mask-weighted error of the network's prediction, mean over the batch, and the encodings it was made with."""
+        device = self.host.device
+        chosen, index = torch.unique(batch.prompt, return_inverse=True)
+        encoded = self.host.encode([self._prompts[k] for k in chosen], self.word)
+        text = encoded.select(index.to(encoded.context.device))
+        if not bool(text.word.any(dim=1).all()):
+            raise TrainingError(
+                f"a caption is too long: {self.subject.placeholder} lies beyond its first chunk of tokens"
+            )
+        x0, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
+        noise, sigma = batch.noise.to(device), self._sigmas[batch.level].to(device)
+        spread = sigma.view(-1, 1, 1, 1)
+        estimate = self.host.denoise(x0 + spread * noise, sigma, text, self._edit).float()
+        # eps = (x_t - x0) / sigma; in its own terms a v-prediction's error is that of eps times sqrt(1 + sigma^2)
+        error = (estimate - x0) / spread
+        if self.host.prediction == "v":
+            error = error * (1 + spread**2).sqrt()
+        return reduce(weights * error**2, "b c h w -> ", "mean"), text
+
+
+@dataclass(frozen=True)
+class _Batch:
+    photo: Tensor
+    flipped: Tensor
+    prompt: Tensor
+    level: Tensor
+    noise: Tensor
+
+    def __len__(self) -> int:
+        return len(self.photo)
+
+    def split(self, size: int) -> list[_Batch]:
+        parts = zip(*(tensor.split(size) for tensor in vars(self).values()), strict=True)
+        return [_Batch(*tensors) for tensors in parts]
+
+
+def _resample(rows: Tensor, count: int) -> Tensor:
+    """``count`` embeddings that say the same as the rows (n, width) of the super-category: averaged or repeated."""
+    if count <= len(rows):
+        return torch.stack([part.mean(0) for part in torch.tensor_split(rows, count)])
+    return rows[torch.arange(count) * len(rows) // count].clone()
+
+
+def train(
+    host: Host,
+    photos: Photos,
+    subject: Subject,
+    statistics: TextStatistics,
+    config: TrainingConfig,
+    callbacks: Iterable[Callback] = (),
+    prepared: Callable[[Trainer], None] | None = None,
+) -> tuple[Concept, Trainer]:
+    """A whole run inside ``host.training()``: the concept and the trainer that made it, with its losses."""
+    with host.training(gradient_checkpointing=config.gradient_checkpointing):
+        trainer = Trainer(host, photos, subject, statistics, config)
+        if prepared is not None:
+            prepared(trainer)
+        return trainer.run(callbacks), trainer
