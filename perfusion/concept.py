@@ -39,6 +39,7 @@ MAX_THUMBNAIL = 100_000
 _PLACEHOLDER = re.compile(r"<[a-z0-9](?:[a-z0-9_-]{0,46}[a-z0-9])?>")
 _FILE_NAME = re.compile(r"[^\w.-]+")
 _DTYPES = {"F16", "BF16", "F32"}
+_PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 _EMBEDDING = "embedding."
 
 
@@ -221,19 +222,22 @@ def read_header(path: Path) -> dict[str, Any]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix.lower() in (".pt", ".ckpt", ".pth", ".bin"):
-            raise ConceptFileError(
-                f"{path.name} is a pickle file, which can run code when it is opened. Concepts are .safetensors files."
-            )
-        if size == 0:
-            raise ConceptFileError(f"{path.name} is empty. Copy or train the concept again.")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= MAX_HEADER or size > MAX_FILE:
-            raise ConceptFileError(
-                f"{path.name} is not a concept file: its header would be {length} bytes long (at most {MAX_HEADER} are "
-                f"possible) and the file is {size} bytes (at most {MAX_FILE}). Choose a file saved by Save Concept."
-            )
-        raw = file.read(length)
+        plausible = 2 <= length <= MAX_HEADER and size <= MAX_FILE
+        raw = file.read(length) if plausible else b""
+    if size == 0:
+        raise ConceptFileError(f"{path.name} is empty. Copy or train the concept again.")
+    # A header's length may begin with any byte, so magic numbers count only where there is no such length.
+    pickled = not plausible and (start[:2] == b"PK" or start[:1] == b"\x80")
+    if pickled or path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise ConceptFileError(
+            f"{path.name} is a pickle file, which can run code when it is opened. Concepts are .safetensors files."
+        )
+    if not plausible:
+        raise ConceptFileError(
+            f"{path.name} is not a concept file: its header would be {length} bytes long (at most {MAX_HEADER} are "
+            f"possible) and the file is {size} bytes (at most {MAX_FILE}). Choose a file saved by Save Concept."
+        )
     if len(raw) < length:
         raise ConceptFileError(f"{path.name} is cut off. Copy or download it again.")
     try:

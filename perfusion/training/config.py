@@ -26,7 +26,7 @@ class TrainingConfig:
     steps: int = _setting(200, "Optimizer steps. The best concepts are often found well before the last step.")
     batch_size: int = _setting(16, "Photos per optimizer step.")
     micro_batch: int = _setting(
-        0,
+        2,
         "Photos computed at once; 0 takes the whole batch. Lower it when memory runs out: "
         "the result of a step stays the same, it only takes longer.",
     )
