@@ -57,8 +57,9 @@ class Gate:
 
 def presence(context: Tensor, i_star: Tensor, d_star: Tensor) -> Tensor:
     """r: how much of each concept is in each token. (..., m, d), (j, d), (j, d) -> (..., m, j), float32."""
-    scale = einsum(i_star.float(), d_star.float(), "j d, j d -> j")
-    return einsum(context.float(), d_star.float(), "... m d, j d -> ... m j") / scale
+    with torch.autocast(context.device.type, enabled=False):
+        scale = einsum(i_star.float(), d_star.float(), "j d, j d -> j")
+        return einsum(context.float(), d_star.float(), "... m d, j d -> ... m j") / scale
 
 
 def gate(r: Tensor, bias: Tensor | float, temperature: Tensor | float) -> Tensor:
@@ -83,9 +84,10 @@ def gram(i_star: Tensor, d_star: Tensor) -> Tensor:
 def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str]) -> None:
     """Raise ParallelConceptsError, naming both, when two target inputs (j, d) are near-parallel in the metric."""
     g = gram(i_star, d_star)
-    norm = g.diagonal().clamp_min(torch.finfo(g.dtype).tiny).sqrt()
-    # G is symmetric only when all concepts share one metric; with a metric each, the mean of both directions counts.
-    cosine = (g + g.T) / 2 / torch.outer(norm, norm)
+    read = g / g.diagonal()  # r of each concept (column) at each target input (row)
+    # Every d* has a scale of its own, and a metric where C_within is in it: only the product of both directions is
+    # free of scale, the squared cosine where the metric is shared.
+    cosine = read.sign() * (read * read.T).clamp_min(0).sqrt()
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
             if cosine[a, b].abs() > PARALLEL:
@@ -94,7 +96,7 @@ def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str]) -> No
                     "would answer to each other's word. Switch one of them off, or train it with another placeholder "
                     "and more steps."
                 )
-    if len(names) > 1 and torch.linalg.cond(cosine) > _MAX_GRAM_CONDITION:
+    if len(names) > 1 and torch.linalg.cond(read) > _MAX_GRAM_CONDITION:
         raise ParallelConceptsError(
             f"{', '.join(names)} together are too alike to be told apart. Switch one of them off."
         )
@@ -170,29 +172,34 @@ class Directions:
 
     def gates(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32."""
-        r = context.float() @ self.detector[:, : len(self)]
+        with torch.autocast(context.device.type, enabled=False):
+            r = context.float() @ self.detector[:, : len(self)]
         opened = gate(r, self.bias, self.temperature)
         return r, torch.where(self.preserving, preserving_gate(r, self.bias, self.temperature), opened)
 
 
 class _Remembered:
-    """What was computed from a context tensor, for as long as that very tensor lives unchanged."""
+    """What was computed from a context and its shift, for as long as these very tensors live unchanged."""
 
-    def __init__(self, context: Tensor, value: dict[str, Tensor]):
+    def __init__(self, context: Tensor, shift: Tensor | None, value: dict[str, Tensor]):
         self._context = weakref.ref(context)
-        self._version = _version(context)
+        self._shift = None if shift is None else weakref.ref(shift)
+        self._versions = _version(context), _version(shift)
         self.value = value
 
     def alive(self) -> bool:
-        return self._context() is not None
+        return self._context() is not None and (self._shift is None or self._shift() is not None)
 
-    def is_of(self, context: Tensor) -> bool:
-        return self._context() is context and self._version == _version(context)
+    def is_of(self, context: Tensor, shift: Tensor | None) -> bool:
+        if self._context() is not context or (None if self._shift is None else self._shift()) is not shift:
+            return False
+        # A shift that died looks like none at all.
+        return self.alive() and self._versions == (_version(context), _version(shift))
 
 
-def _version(tensor: Tensor) -> int | None:
+def _version(tensor: Tensor | None) -> int | None:
     # Inference tensors keep no version counter; hosts never write into a context in place.
-    return None if tensor.is_inference() else tensor._version
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 class KeyValueEdit:
@@ -259,14 +266,17 @@ class KeyValueEdit:
 
     def _coefficients(self, context: Tensor) -> dict[str, Tensor]:
         # A compiler removes the common subexpressions itself and must not trace bookkeeping on weak references.
-        if torch.compiler.is_compiling():
+        # What carries a graph is computed anew: a checkpointed block must do the same work in the backward pass, and
+        # what was computed without a graph has none to give.
+        if torch.compiler.is_compiling() or (context.requires_grad and torch.is_grad_enabled()):
             return self._compute(context)
+        shift = self.key_lock.shift
         for entry in self._remembered:
-            if entry.is_of(context):
+            if entry.is_of(context, shift):
                 return entry.value
         value = self._compute(context)
         alive = [entry for entry in self._remembered if entry.alive()][: _REMEMBERED_CONTEXTS - 1]
-        self._remembered = [_Remembered(context, value), *alive]
+        self._remembered = [_Remembered(context, shift, value), *alive]
         return value
 
     def _compute(self, context: Tensor) -> dict[str, Tensor]:

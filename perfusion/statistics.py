@@ -121,7 +121,7 @@ class TextStatistics:
         return Metric(torch.linalg.cholesky(matrix))
 
     def save(self, path: Path) -> None:
-        """Write atomically; C is stored in float32."""
+        """Write atomically. C stays in float64: a run from the cache must equal the one that measured it."""
         metadata = {
             "perfusion.statistics": _CACHE_FORMAT,
             "tokens": str(self.tokens),
@@ -129,7 +129,7 @@ class TextStatistics:
             "shrinkage": repr(self.shrinkage),
             "fingerprint": self.fingerprint,
         }
-        write_atomically(path, {"c": self.c.float()}, metadata, overwrite=True)
+        write_atomically(path, {"c": self.c}, metadata, overwrite=True)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> TextStatistics | None:

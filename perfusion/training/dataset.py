@@ -31,7 +31,7 @@ class Photos:
         return len(self.latents)
 
     def pick(self, index: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (b, c, h, w) and loss weights (b, 1, h, w) of photos ``index`` (b,), mirrored where ``flipped`` (b,)."""
+        """Latents (b, c, h, w) and loss weights (b, 1, h, w) of photos ``index`` (b,); those ``flipped`` mirrored."""
         choose = flipped.view(-1, 1, 1, 1).to(self.latents.device)
         index = index.to(self.latents.device)
         latents = torch.where(choose, self.mirrored[index], self.latents[index])

@@ -7,6 +7,7 @@ training as at inference, loss weighted by the mask of the thing. The trainer kn
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
@@ -22,6 +23,8 @@ from ..hosts.base import Encodings, Host, Word
 from ..statistics import Metric, TextStatistics, directions, word_encodings
 from .config import TrainingConfig
 from .dataset import Photos
+
+logger = logging.getLogger(__name__)
 
 EMA = 0.99  # eq. 3 of the method: how slowly the paper's i* follows the embedding
 REFRESH = 25  # steps between looks at the word in varied captions, for the robust i*
@@ -130,13 +133,19 @@ class Trainer:
         return StepReport(self.steps_done, config.steps, loss, gate)
 
     def run(self, callbacks: Iterable[Callback] = ()) -> Concept:
-        """Train up to the configured number of steps and return the concept."""
+        """Train up to the configured number of steps and return the concept.
+
+        Its training summary holds the fixed loss before and after.
+        """
         callbacks = list(callbacks)
+        before = self.fixed_loss()
         while self.steps_done < self.config.steps:
             report = self.step()
             for callback in callbacks:
                 callback(self, report)
-        return self.concept()
+        after = self.fixed_loss()
+        logger.info("%s: loss on fixed noise %.5f before, %.5f after", self.subject.placeholder, before, after)
+        return self.concept({"fixed_loss": [round(before, 6), round(after, 6)]})
 
     def concept(self, extra: Mapping[str, object] | None = None) -> Concept:
         """What has been learned so far, in the precision of its file. ``extra`` joins the training summary."""

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.hosts import Base, ComfyServer, Prompt, ServerOptions, ServerPromptError, main_host, oldest_host, running_server
+from tests.hosts import (
+    Base,
+    ComfyServer,
+    Prompt,
+    ServerOptions,
+    ServerPromptError,
+    main_host,
+    oldest_host,
+    running_server,
+)
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.server]
 
@@ -32,17 +41,20 @@ QUICK = {
 
 
 @pytest.fixture(scope="module", params=[main_host, oldest_host], ids=["main", "oldest"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_store: Path) -> Iterator[ComfyServer]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_store: Path
+) -> Iterator[ComfyServer]:
     comfyui: Callable[[], Path] = request.param
     base = Base.make(tmp_path_factory.mktemp("end_to_end"), model_store, {})
     with running_server(comfyui(), base, ServerOptions()) as running:
-        _put_photos(running.base / "input")
+        put_photos(running.base / "input")
         yield running
         if kept := os.environ.get("PERFUSION_E2E_OUTPUT"):
-            shutil.copytree(running.base / "output", Path(kept) / request.node.callspec.id, dirs_exist_ok=True)
+            shutil.copytree(running.base / "output", Path(kept) / comfyui().name, dirs_exist_ok=True)
 
 
-def _put_photos(folder: Path) -> None:
+def put_photos(folder: Path) -> None:
+    """The photos and masks that the workflows name: drawn ones, or real ones from PERFUSION_E2E_PHOTOS."""
     for thing, color in (("teddy", (170, 110, 50)), ("cat", (90, 90, 100))):
         for number in range(1, 5):
             photo, mask = folder / f"{thing}_{number}.jpg", folder / f"{thing}_mask_{number}.jpg"
@@ -50,7 +62,10 @@ def _put_photos(folder: Path) -> None:
                 shutil.copy(Path(PHOTOS) / thing / f"{number - 1}.jpg", photo)
                 shutil.copy(Path(PHOTOS) / thing / "mask" / f"{number - 1}.jpg", mask)
                 continue
-            scene, shape = Image.new("RGB", (160, 140), (60 + 40 * number, 150, 200 - 30 * number)), Image.new("L", (160, 140))
+            scene, shape = (
+                Image.new("RGB", (160, 140), (60 + 40 * number, 150, 200 - 30 * number)),
+                Image.new("L", (160, 140)),
+            )
             spot = [20 + 10 * number, 30, 90 + 10 * number, 120]
             ImageDraw.Draw(scene).ellipse(spot, fill=color, outline=(20, 20, 20), width=4)
             ImageDraw.Draw(shape).ellipse(spot, fill=255)
@@ -76,7 +91,9 @@ def cat_of(prompt: Prompt) -> Prompt:
 
 def executed(entry: dict) -> set[str]:
     """Nodes that ran, and did not come from the cache."""
-    cached = {node for name, data in entry["status"]["messages"] if name == "execution_cached" for node in data["nodes"]}
+    cached = {
+        node for name, data in entry["status"]["messages"] if name == "execution_cached" for node in data["nodes"]
+    }
     return set(entry["prompt"][2]) - cached
 
 

@@ -35,10 +35,8 @@ class ComfyHost:
     """
 
     def __init__(self, model: Any, clip: Any, vae: Any = None):
-        dynamic = getattr(model, "is_dynamic", lambda: False)()
-        # Weights that are streamed in call by call cannot be differentiated through: such a model is read once more.
-        self._model = model.clone(disable_dynamic=True) if dynamic else model.clone()
-        self._clip = clip.clone(disable_dynamic=True) if dynamic else clip.clone()
+        self._model = _static_clone(model, model)
+        self._clip = _static_clone(clip, clip.patcher)
         self._vae = vae
         detach(self._model)
         self.family: Family = family_of(model, clip)
@@ -113,7 +111,7 @@ class ComfyHost:
         """See ``Host.project_values``."""
         model, self._live.edit = self._model.model, None
         with torch.no_grad():
-            vectors = vectors.unsqueeze(0).to(self.device, model.get_dtype_inference())
+            vectors = vectors.unsqueeze(0).to(self.device, _compute_dtype(model))
             return {layer: to_v(vectors).squeeze(0).float() for layer, _, to_v in projections(model.diffusion_model)}
 
     @contextmanager
@@ -122,6 +120,10 @@ class ComfyHost:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            if _compute_dtype(self._model.model) == torch.float16:
+                # Gradients of target values are far below what float16 can hold.
+                brain_float = comfy.model_management.should_use_bf16(self.device)
+                self._model.set_model_compute_dtype(torch.bfloat16 if brain_float else torch.float32)
             comfy.model_management.load_models_gpu([self._model, self._clip.patcher], force_full_load=True)
             for network in (self._model.model, self._clip.cond_stage_model):
                 _make_ordinary(network)
@@ -141,6 +143,24 @@ class ComfyHost:
 
     def _table(self, encoder: str) -> Tensor:
         return getattr(self._clip.cond_stage_model, encoder).transformer.get_input_embeddings().weight
+
+
+def _static_clone(thing: Any, patcher: Any) -> Any:
+    """A clone whose weights lie still: those that are streamed in call by call cannot be differentiated through."""
+    if not getattr(patcher, "is_dynamic", lambda: False)():
+        return thing.clone()
+    try:
+        return thing.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            "this model streams its weights and its loader cannot read it once more for training. Load it with Load "
+            "Checkpoint, or start ComfyUI with --disable-dynamic-vram."
+        ) from error
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """What the network computes in."""
+    return model.manual_cast_dtype if model.manual_cast_dtype is not None else model.get_dtype()
 
 
 def _make_ordinary(network: torch.nn.Module) -> None:

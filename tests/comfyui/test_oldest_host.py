@@ -1,0 +1,31 @@
+"""This folder's tests again, on the oldest supported ComfyUI, in a process of its own: two hosts cannot share one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import MODEL_STORE, OLDEST_RUN, ROOT, oldest_host
+
+
+@pytest.mark.parametrize(
+    "tier",
+    [pytest.param("comfyui", marks=pytest.mark.comfyui), pytest.param("server", marks=pytest.mark.server)],
+)
+def test_oldest_host(tier: str, model_store: Path) -> None:
+    if os.environ.get(OLDEST_RUN):
+        pytest.skip("this is the run on the oldest host")
+    environment = {
+        **os.environ,
+        "COMFYUI_PATH": str(oldest_host()),
+        MODEL_STORE: str(model_store),
+        OLDEST_RUN: "1",
+    }
+    command = [sys.executable, "-m", "pytest", "tests/comfyui", "-m", tier, "-p", "no:cacheprovider", "-q"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        pytest.fail(f"on the oldest host:\n{result.stdout[-6000:]}\n{result.stderr[-2000:]}", pytrace=False)

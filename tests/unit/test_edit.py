@@ -1,0 +1,591 @@
+"""The edit of keys and values, against code and formulas that nobody here wrote."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from einops import einsum
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from perfusion.edit import (
+    FORMS,
+    PARALLEL,
+    Directions,
+    Form,
+    Gate,
+    KeyValueEdit,
+    ParallelConceptsError,
+    gate,
+    presence,
+    preserving_gate,
+)
+from perfusion.locking import Lock
+
+WIDTH, INNER, LAYER = 32, 24, "input_blocks.1.1.transformer_blocks.0"
+
+
+class World:
+    """J concepts in a metric, and one layer's projection."""
+
+    def __init__(
+        self,
+        concepts: int = 1,
+        *,
+        form: Form = "paper",
+        gates: list[Gate] | None = None,
+        locks: list[Lock] | None = None,
+        width: int = WIDTH,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        draw = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+        mixing = normal(width, width) / width**0.5 + torch.eye(width, dtype=torch.float64)
+        self.c = mixing @ mixing.T
+        self.i_star = normal(concepts, width)
+        self.d_star = torch.linalg.solve(self.c, self.i_star.T).T
+        self.e_super = normal(concepts, width)
+        self.o_star = normal(concepts, INNER)
+        self.weight = normal(INNER, width).to(dtype) / width**0.5
+        self.gates = gates or [Gate(0.3 + 0.5 * j / concepts, 0.1 + 0.1 * j / concepts) for j in range(concepts)]
+        self.forms: list[Form] = [form] * concepts
+        self.locks = locks
+        self.dtype = dtype
+        self._normal = normal
+
+    def context(self, batch: int = 2, tokens: int = 77) -> Tensor:
+        """Random tokens, with each concept standing somewhere among them."""
+        context = self._normal(batch, tokens, self.i_star.shape[1])
+        for j, i_star in enumerate(self.i_star):
+            context[j % batch, (5 * j + 2) % tokens] = i_star + 0.1 * context[0, 0]
+        return context.to(self.dtype)
+
+    def directions(self, order: list[int] | None = None) -> Directions:
+        order = list(range(len(self.i_star))) if order is None else order
+        return Directions.of(
+            self.i_star[order], self.d_star[order], [self.gates[j] for j in order], [self.forms[j] for j in order]
+        )
+
+    def edit(self, order: list[int] | None = None) -> KeyValueEdit:
+        order = list(range(len(self.i_star))) if order is None else order
+        locks = None if self.locks is None else [self.locks[j] for j in order]
+        return KeyValueEdit(self.directions(order), self.e_super[order], {LAYER: self.o_star[order]}, locks)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+    def project(self, context: Tensor, path: Any = "v", order: list[int] | None = None) -> Tensor:
+        return self.edit(order).project(LAYER, path, context, self.linear)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest error, as a share of the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# --- oracle 1: perfusion-pytorch, one concept
+
+
+@pytest.fixture(scope="module")
+def rank1_edit_module() -> Iterator[Any]:
+    """perfusion-pytorch's layer. Its package wants open_clip, which the layer itself never uses."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stub, tokenizer = types.ModuleType("open_clip"), types.ModuleType("open_clip.tokenizer")
+        vars(tokenizer).update(tokenize=lambda texts: None)
+        vars(stub).update(tokenizer=tokenizer)
+        patch.setitem(sys.modules, "open_clip", stub)
+        patch.setitem(sys.modules, "open_clip.tokenizer", tokenizer)
+        try:
+            module = importlib.import_module("perfusion_pytorch")
+        except ModuleNotFoundError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"the oracle for equation 1, perfusion-pytorch, is not installed ({error})")
+        yield module.Rank1EditModule
+        for name in [name for name in sys.modules if name.split(".")[0] == "perfusion_pytorch"]:
+            patch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("path", ["k", "v"])
+def test_inference_equals_perfusion_pytorch(rank1_edit_module: Any, path: str) -> None:
+    world = World(gates=[Gate(0.7, 0.15)], dtype=torch.float64)
+    projection = torch.nn.Linear(WIDTH, INNER, bias=False)
+    projection.weight.data = world.weight
+    theirs = rank1_edit_module(projection, C=world.c, is_key_proj=path == "k").double().eval()
+    theirs.ema_concept_text_encs.copy_(world.i_star)
+    theirs.concept_outputs.data.copy_(world.e_super @ world.weight.T if path == "k" else world.o_star)
+    theirs.initted.fill_(True)
+    context = world.context()
+    assert relative(world.project(context, path), theirs(context)) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["k", "v"])
+def test_first_training_forward_equals_perfusion_pytorch(rank1_edit_module: Any, path: str) -> None:
+    """Before any step: i* is the concept's mean encoding and o* is W e_super, for keys and values alike."""
+    world = World(gates=[Gate(0.75, 0.1)], dtype=torch.float64)
+    projection = torch.nn.Linear(WIDTH, INNER, bias=False)
+    projection.weight.data = world.weight
+    theirs = rank1_edit_module(projection, C=world.c, is_key_proj=path == "k").double().train()
+    context, with_super, where = world.context(), world.context(), torch.tensor([3, 41])
+    found = theirs(context, concept_indices=where, text_enc_with_superclass=with_super)
+    rows = torch.arange(2)
+    world.i_star = context[rows, where].double().mean(0, keepdim=True)
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    world.e_super = with_super[rows, where].double().mean(0, keepdim=True)
+    world.o_star = world.e_super @ world.weight.double().T
+    assert relative(world.project(context, path), found) < 1e-5
+
+
+# --- oracle 2: the paper's appendix, several concepts
+
+
+def appendix(world: World, context: Tensor) -> Tensor:
+    """Tewel et al. 2023, appendix B: C^-1 = L L^T, an orthonormal basis of {L^T i*_j} by QR, all in float64."""
+    e, weight = context.double(), world.weight.double()
+    inverse = torch.linalg.inv(world.c)
+    metric = torch.linalg.cholesky(inverse).T
+    basis, _ = torch.linalg.qr(metric @ world.i_star.T)
+    in_metric = e @ metric.T
+    perpendicular = in_metric - in_metric @ basis @ basis.T
+    h = torch.linalg.solve(metric, perpendicular.mT).mT @ weight.T
+    for i_star, o_star, g in zip(world.i_star, world.o_star, world.gates, strict=True):
+        r = (e @ inverse @ i_star) / (i_star @ inverse @ i_star)
+        h = h + torch.sigmoid((r - g.bias) / g.temperature).unsqueeze(-1) * o_star
+    return h
+
+
+@pytest.mark.parametrize("concepts", [1, 2, 5, 16])
+def test_several_concepts_equal_cholesky_and_qr(concepts: int) -> None:
+    world = World(concepts, width=96, dtype=torch.float64)
+    context = world.context(batch=3)
+    expected = appendix(world, context)
+    assert relative(world.project(context), expected) < 1e-6
+    assert relative(context @ world.weight.T, expected) > 0.1, "the edit must matter for the comparison to mean much"
+
+
+def test_metrics_of_their_own_leave_nothing_of_any_concept() -> None:
+    """Concepts of different trainings have a C each: what is left of a token must still be invisible to every d*."""
+    world = World(3, dtype=torch.float64)
+    world.d_star = torch.stack([torch.linalg.solve(World(seed=j).c, i) for j, i in enumerate(world.i_star, 1)])
+    context = world.context()
+    subtracted, _ = world.directions().coefficients(context)
+    left = context + subtracted.double() @ world.i_star
+    assert float((left @ world.d_star.T).abs().max()) < 1e-5 * float((context @ world.d_star.T).abs().max())
+
+
+# --- the formulas themselves
+
+
+@pytest.mark.parametrize("tokens", [1, 77, 231])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("path", ["k", "v"])
+def test_one_concept_is_equation_1(batch: int, tokens: int, path: str) -> None:
+    world = World(gates=[Gate(0.5, 0.2, 0.8)])
+    context = world.context(batch, tokens)
+    e, weight, i_star, d_star = context.double(), world.weight.double(), world.i_star[0], world.d_star[0]
+    r = (e @ d_star / (i_star @ d_star)).unsqueeze(-1)
+    o_star = weight @ world.e_super[0] if path == "k" else world.o_star[0]
+    expected = e @ weight.T + 0.8 * (torch.sigmoid((r - 0.5) / 0.2) * o_star - r * (weight @ i_star))
+    found = world.project(context, path)
+    assert found.shape == (batch, tokens, INNER)
+    assert relative(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["k", "v"])
+def test_preserving_form_is_its_formula(path: str) -> None:
+    world = World(2, form="preserving")
+    context = world.context()
+    e, weight = context.double(), world.weight.double()
+    expected = e @ weight.T
+    for j, g in enumerate(world.gates):
+        r = e @ world.d_star[j] / (world.i_star[j] @ world.d_star[j])
+        shut, full = torch.sigmoid(torch.tensor([-g.bias / 2, torch.inf]).double() / g.temperature)
+        opened = ((torch.sigmoid((r - g.bias) / g.temperature) - shut) / (full - shut)).clamp_min(0)
+        target = weight @ world.e_super[j] if path == "k" else world.o_star[j]
+        expected = expected + opened.unsqueeze(-1) * (target - weight @ world.i_star[j])
+    assert relative(world.project(context, path), expected) < 1e-5
+
+
+@given(st.floats(0.05, 2), st.floats(0.02, 1), st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_preserving_gate_is_shut_below_half_its_bias(bias: float, temperature: float, shares: list[float]) -> None:
+    beta, tau = torch.tensor([bias]), torch.tensor([temperature])
+    r = torch.tensor([[1.0 - 2 * share] for share in shares]) * beta / 2
+    assert not preserving_gate(r, beta, tau).any()
+    assert not preserving_gate(beta / 2, beta, tau).any()
+    just_above = preserving_gate(beta / 2 + tau * torch.tensor([[0.1], [0.5], [50.0]]), beta, tau)
+    assert (just_above.diff(dim=0) > 0).all()
+    assert just_above[0] > 0
+    assert just_above[-1] == pytest.approx(1)
+
+
+def test_preserving_form_leaves_tokens_without_the_concept_bitwise_alone() -> None:
+    world = World(2, form="preserving", gates=[Gate(0.6, 0.1), Gate(0.4, 0.2)])
+    context = world.context(tokens=231)
+    r = presence(context, world.i_star, world.d_star)
+    far = (r <= torch.tensor([0.3, 0.2])).all(-1)
+    assert 0.3 < far.float().mean() < 1
+    subtracted, opened = world.directions().coefficients(context)
+    assert not subtracted[far].any()
+    assert not opened[far].any()
+    # A projection that treats each row alike, however many there are: matrix products do not promise that.
+    rowwise = lambda x: x[..., :INNER] * 3 + x[..., -INNER:]  # noqa: E731
+    found = world.edit().project(LAYER, "v", context, rowwise)
+    assert torch.equal(found[far], rowwise(context)[far])
+    assert not torch.equal(found[~far], rowwise(context)[~far])
+
+
+def test_mixed_forms_share_no_gram_matrix() -> None:
+    """A concept of the preserving form neither changes nor is changed by what the paper's form subtracts."""
+    world = World(3)
+    world.forms = ["paper", "preserving", "paper"]
+    context = world.context()
+    subtracted, opened = world.directions().coefficients(context)
+    assert torch.allclose(subtracted[..., [0, 2]], world.directions([0, 2]).coefficients(context)[0], atol=1e-6)
+    assert torch.allclose(subtracted[..., 1], world.directions([1]).coefficients(context)[0][..., 0], atol=1e-6)
+    assert torch.equal(subtracted[..., 1], -opened[..., 1])
+
+
+# --- invariances
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.floats(1e-3, 1e3), st.integers(0, 1))
+def test_scale_of_the_dual_vector_cancels(form: Form, scale: float, which: int) -> None:
+    world = World(2, form=form)
+    context = world.context(1, 9)
+    before = world.project(context)
+    world.d_star[which] *= scale
+    assert relative(world.project(context), before) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["k", "v"])
+@pytest.mark.parametrize("form", FORMS)
+def test_order_of_concepts_does_not_matter(form: Form, path: str) -> None:
+    world = World(4, form=form, locks=["local", "global", "local", "global"])
+    context = world.context()
+    assert relative(world.project(context, path, [2, 0, 3, 1]), world.project(context, path)) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strength_scales_the_correction(form: Form) -> None:
+    world = World(form=form, gates=[Gate(0.5, 0.2, 1.0)])
+    context = world.context()
+    plain = world.linear(context)
+    whole = world.project(context) - plain
+    for strength in (0.0, 0.25, 1.5):
+        world.gates = [Gate(0.5, 0.2, strength)]
+        assert torch.allclose(world.project(context) - plain, strength * whole, atol=1e-5)
+
+
+def test_strength_0_in_the_preserving_form_is_as_good_as_absent() -> None:
+    world = World(2, form="preserving", gates=[Gate(0.5, 0.2), Gate(0.6, 0.1, 0.0)])
+    context = world.context()
+    assert torch.allclose(world.project(context), world.project(context, order=[0]), atol=1e-6)
+
+
+# --- precision
+
+
+def test_gates_and_coefficients_ignore_autocast() -> None:
+    world = World(2)
+    context = world.context()
+    directions = world.directions()
+    plain = (
+        presence(context, world.i_star, world.d_star),
+        *directions.gates(context),
+        *directions.coefficients(context),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = (presence(context, world.i_star, world.d_star), *directions.gates(context))
+        cast += directions.coefficients(context)
+    for found, expected in zip(cast, plain, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_contexts_give_float32_gates_and_half_results(dtype: torch.dtype) -> None:
+    world = World(2)
+    context = world.context().to(dtype)
+    expected = world.directions().gates(context.float())
+    for found, want in zip(world.directions().gates(context), expected, strict=True):
+        assert torch.equal(found, want)
+    reference = world.project(context.float())
+    world.weight = world.weight.to(dtype)
+    found = world.project(context)
+    assert found.dtype == dtype
+    assert relative(found.float(), reference) < 0.03
+
+
+def test_gates_report_what_the_edit_uses() -> None:
+    world = World(3, gates=[Gate(0.5, 0.2, 0.7)] * 3)
+    world.forms = ["paper", "preserving", "preserving"]
+    context = world.context()
+    r, opened = world.directions().gates(context)
+    assert torch.allclose(r, presence(context, world.i_star, world.d_star), atol=1e-5)
+    assert torch.allclose(0.7 * opened, world.directions().coefficients(context)[1], atol=1e-6)
+
+
+def test_gate_is_the_papers_at_its_landmarks() -> None:
+    found = gate(torch.tensor([0.0, 0.75, 1.0]), 0.75, 0.1)
+    assert found.tolist() == pytest.approx([0.00055, 0.5, 0.924], abs=1e-3)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("form", FORMS)
+def test_near_parallel_concepts_are_refused_by_name(sign: int, form: Form) -> None:
+    world = World(3, form=form)
+    world.i_star[2] = sign * 2 * world.i_star[0] + 0.02 * world.i_star[1]
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    with pytest.raises(ParallelConceptsError, match="<one> and <three> are too alike"):
+        Directions.of(world.i_star, world.d_star, world.gates, world.forms, ["<one>", "<two>", "<three>"])
+    with pytest.raises(ParallelConceptsError, match="concept 1 and concept 3"):
+        world.directions()
+
+
+def test_alike_but_distinct_concepts_are_taken() -> None:
+    world = World(2, dtype=torch.float64)
+    first, other = world.i_star
+    unit = first @ world.d_star[0]
+    other = other - first * (other @ world.d_star[0]) / unit
+    other = other * (unit / (other @ torch.linalg.solve(world.c, other))).sqrt()
+    cosine = PARALLEL - 0.001
+    world.i_star[1] = cosine * first + (1 - cosine**2) ** 0.5 * other
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    context = world.context()
+    assert relative(world.project(context), appendix(world, context)) < 1e-4
+    world.i_star[1] = (cosine + 0.002) * first + (1 - (cosine + 0.002) ** 2) ** 0.5 * other
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    with pytest.raises(ParallelConceptsError):
+        world.edit()
+
+
+def test_concepts_that_only_together_are_dependent_are_refused() -> None:
+    world = World(3)
+    world.i_star[2] = world.i_star[0] + world.i_star[1] + 1e-4 * world.i_star[2]
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    with pytest.raises(ParallelConceptsError, match="concept 1, concept 2, concept 3 together"):
+        world.edit()
+
+
+def test_impossible_settings_are_refused() -> None:
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            Gate(temperature=temperature)
+    world = World(2)
+    with pytest.raises(ValueError, match="same number of concepts"):
+        Directions.of(world.i_star, world.d_star[:1], world.gates, world.forms)
+    with pytest.raises(ValueError, match="key lock"):
+        KeyValueEdit(world.directions(), world.e_super, {}, ["local", "sideways"])  # type: ignore[list-item]
+
+
+# --- what is remembered of a context
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each time that coefficients are computed."""
+    calls: list[int] = []
+    original = Directions.coefficients
+
+    def counted(self: Directions, context: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        return original(self, context)
+
+    monkeypatch.setattr(Directions, "coefficients", counted)
+    return calls
+
+
+def test_all_layers_share_one_computation_per_context(computed: list[int]) -> None:
+    world = World(2)
+    edit = world.edit()
+    contexts = [world.context(), world.context()]
+    for _layer in range(5):
+        for context in contexts:
+            for path in ("k", "v"):
+                edit.project(LAYER, path, context, world.linear)
+    assert len(computed) == 2
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_contexts_are_not_confused(inference: bool) -> None:
+    world = World(2)
+    edit = world.edit()
+    with torch.inference_mode(inference):
+        contexts = [world.context() for _ in range(7)]
+        for context in contexts + contexts[::-1]:
+            assert torch.equal(edit.project(LAYER, "v", context, world.linear), world.project(context))
+
+
+def test_an_in_place_change_of_a_context_is_noticed(computed: list[int]) -> None:
+    world = World()
+    edit = world.edit()
+    context = world.context()
+    before = edit.project(LAYER, "v", context, world.linear)
+    context[:, 4:9] = world.i_star.float()
+    after = edit.project(LAYER, "v", context, world.linear)
+    assert len(computed) == 2
+    assert torch.equal(after, world.project(context))
+    assert not torch.equal(after, before)
+
+
+def test_a_dead_context_is_not_confused_with_its_successor() -> None:
+    world = World()
+    edit = world.edit()
+    seen = set()
+    for _ in range(40):
+        context = world.context()
+        seen.add(id(context))
+        assert torch.equal(edit.project(LAYER, "v", context, world.linear), world.project(context))
+        del context
+    assert len(seen) < 40, "no id was reused: this test shows nothing"
+
+
+def test_contexts_are_not_kept_alive() -> None:
+    world = World(locks=["global"])
+    edit = world.edit()
+    context = world.context()
+    edit.key_lock.shift = torch.ones_like(context)
+    edit.project(LAYER, "k", context, world.linear)
+    gc.collect()
+    before = sys.getrefcount(context)
+    del edit
+    assert sys.getrefcount(context) == before
+
+
+# --- gradients
+
+
+def test_gradients_reach_target_values_and_context_only() -> None:
+    world = World(2, dtype=torch.float64)
+    values = {LAYER: world.o_star.clone().requires_grad_()}
+    context = world.context().requires_grad_()
+    edit = KeyValueEdit(world.directions(), world.e_super, values)
+    edit.project(LAYER, "v", context, world.linear).square().sum().backward()
+    assert values[LAYER].grad is not None
+    opened = world.directions().coefficients(context.detach())[1].double()
+    projected = world.project(context.detach())
+    assert relative(values[LAYER].grad, 2 * einsum(opened, projected, "b m j, b m i -> j i")) < 1e-5
+
+    def by_definition(e: Tensor) -> Tensor:
+        return appendix(world, e).square().sum()
+
+    (expected,) = torch.autograd.grad(by_definition(context), context)
+    assert context.grad is not None
+    assert relative(context.grad, expected) < 1e-5
+
+
+def test_a_look_without_gradients_does_not_cut_them_off() -> None:
+    world = World()
+    edit = world.edit()
+    context = world.context().requires_grad_()
+    with torch.no_grad():
+        edit.project(LAYER, "v", context, world.linear)
+    found = edit.project(LAYER, "v", context, world.linear)
+    (gradient,) = torch.autograd.grad(found.square().sum(), context)
+    (expected,) = torch.autograd.grad(world.project(context).square().sum(), context)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_have_the_same_gradients(reentrant: bool) -> None:
+    world = World()
+    edit = world.edit()
+
+    def two_layers(context: Tensor) -> Tensor:
+        first = edit.project(LAYER, "k", context, world.linear)
+        return first * edit.project(LAYER, "v", context, world.linear)
+
+    gradients = []
+    for checkpointed in (False, True):
+        context = world.context().requires_grad_() if not gradients else context.detach().clone().requires_grad_()
+        total = torch.zeros(())
+        for _layer in range(2):
+            found = checkpoint(two_layers, context, use_reentrant=reentrant) if checkpointed else two_layers(context)
+            total = total + found.square().sum()
+        total.backward()
+        gradients.append(context.grad)
+    assert relative(gradients[1], gradients[0]) < 1e-5
+
+
+# --- key locks
+
+
+def shifted_world(*locks: Lock) -> tuple[World, KeyValueEdit, Tensor, Tensor]:
+    world = World(len(locks), locks=list(locks))
+    edit, context = world.edit(), world.context()
+    edit.key_lock.shift = torch.zeros_like(context)
+    edit.key_lock.shift[:, 10:20] = 1.5
+    return world, edit, context, context + edit.key_lock.shift
+
+
+def test_globally_locked_keys_read_the_shifted_context_and_values_do_not() -> None:
+    world, edit, context, shifted = shifted_world("global", "global")
+    assert torch.equal(edit.project(LAYER, "k", context, world.linear), world.linear(shifted))
+    world.locks = None
+    assert torch.equal(edit.project(LAYER, "v", context, world.linear), world.project(context, "v"))
+
+
+def test_locally_locked_keys_ignore_the_shift() -> None:
+    world, edit, context, _ = shifted_world("local", "local")
+    assert torch.equal(edit.project(LAYER, "k", context, world.linear), world.project(context, "k"))
+
+
+def test_mixed_locks_shift_all_keys_and_edit_those_of_local_concepts() -> None:
+    world, edit, context, shifted = shifted_world("local", "global", "local")
+    subtracted, opened = world.directions().coefficients(context)
+    weight = world.weight.double()
+    expected = shifted.double() @ weight.T
+    for j in (0, 2):
+        expected += subtracted[..., j, None].double() * (weight @ world.i_star[j])
+        expected += opened[..., j, None].double() * (weight @ world.e_super[j])
+    assert relative(edit.project(LAYER, "k", context, world.linear), expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 77, WIDTH), (2, 154, WIDTH), (2, 77, WIDTH // 2), (77, WIDTH)])
+def test_a_shift_of_another_shape_falls_back_to_local_locking(shape: tuple[int, ...]) -> None:
+    world, edit, context, _ = shifted_world("global", "local")
+    edit.key_lock.shift = torch.ones(shape)
+    found = edit.project(LAYER, "k", context, world.linear)
+    world.locks = ["local", "local"]
+    assert torch.equal(found, world.project(context, "k"))
+
+
+def test_another_shift_for_the_same_context_is_noticed() -> None:
+    world, edit, context, _ = shifted_world("global")
+    for shift in (torch.ones_like(context), None, 2 * torch.ones_like(context), torch.zeros_like(context)):
+        edit.key_lock.shift = shift
+        found = edit.project(LAYER, "k", context, world.linear)
+        expected = world.project(context, "k") if shift is None else world.linear(context + shift)
+        assert torch.equal(found, expected)
+    assert edit.key_lock.shift is not None
+    edit.key_lock.shift += 3
+    assert torch.equal(edit.project(LAYER, "k", context, world.linear), world.linear(context + 3))
+
+
+def test_the_shift_follows_the_contexts_precision() -> None:
+    world, edit, context, shifted = shifted_world("global")
+    world.weight = world.weight.half()
+    found = edit.project(LAYER, "k", context.half(), world.linear)
+    assert found.dtype == torch.float16
+    assert relative(found.float(), world.linear(shifted.half()).float()) < 0.01
