@@ -2,8 +2,8 @@
 
     python -m benchmarks.gates [--checkpoint FILE] [--words teddy bear,cat,...] [--json]
 
-For each word a concept is placed at its super-category (no training), i* and d* are estimated both ways from captions of
-one seed, and r is read on held-out captions of another seed that contain the word once. "opens": share of the word's
+For each word a concept is placed at its super-category (no training), i* and d* are estimated both ways from captions
+of one seed, and r is read on held-out captions of another seed that contain the word once. "opens": share of the word's
 tokens with r above the threshold; "false_opens": share of all other tokens (start, end and padding left out) above it.
 Without ``--checkpoint`` the text encoder is CLIP-L of random weights, which shows the machinery and not the language.
 """
@@ -66,9 +66,8 @@ def measure(pack: Any, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, (i_star, d_star) in found.items():
             tally(counts[name], pack, host, word, i_star, d_star, options.held_out)
-        say(
-            f"{category}: paper {counts['paper'][0]}/{counts['paper'][1]}, robust {counts['robust'][0]}/{counts['robust'][1]}"
-        )
+        so_far = ", ".join(f"{name} {opens}/{words}" for name, (opens, words, _, _) in counts.items())
+        say(f"{category}: gates open so far: {so_far}")
     return {
         name: {"opens": round(opens / words, 4), "false_opens": round(wrong / others, 5)}
         for name, (opens, words, wrong, others) in counts.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -13,8 +14,11 @@ from ..perfusion.locking import LOCKS
 from ..perfusion.stack import ConceptStack, ConceptUse
 from .common import Concepts, naming, schema
 
+logger = logging.getLogger(__name__)
+
 MAX_ROWS = 8
 NO_FILE = "none"
+_GATE = Gate()
 
 
 class PerfusionSaveConcept(io.ComfyNode):
@@ -67,51 +71,17 @@ class PerfusionSaveConcept(io.ComfyNode):
         return io.NodeOutput(concept, "\n".join(files), ui=ui.PreviewText("\n".join(files)))
 
 
-def _row(number: int, files: list[str]) -> list[io.Input]:
-    return [
-        io.Combo.Input(
-            f"file_{number}",
-            options=[NO_FILE, *files],
-            default=NO_FILE,
-            tooltip="A concept file from models/perfusion or output/perfusion. Press R to refresh the list.",
-        ),
-        io.Boolean.Input(f"on_{number}", default=True, tooltip="Off: as if the concept were not loaded."),
-        io.Float.Input(
-            f"strength_{number}",
-            default=1.0,
-            min=0.0,
-            max=2.0,
-            step=0.05,
-            tooltip="How strongly keys and values are edited. 0 switches the concept off.",
-        ),
-        io.Float.Input(
-            f"bias_{number}",
-            default=0.6,
-            min=-1.0,
-            max=2.0,
-            step=0.01,
-            tooltip="How much of the concept a word must hold before its gate opens. Lower: more faithful to the "
-            "photos. Higher: more obedient to the prompt. 0.6 to 0.75 suit local key lock, 0.4 to 0.6 global.",
-        ),
-        io.Float.Input(
-            f"temperature_{number}",
-            default=0.15,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            tooltip="How softly the gate opens. Lower: a switch. Higher: a blend.",
-        ),
-    ]
-
-
 class PerfusionLoadConcepts(io.ComfyNode):
     """Reads concept files and sets how each is applied."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ``web/docs/PerfusionLoadConcepts.md``."""
+        """See ``web/docs/PerfusionLoadConcepts.md``.
+
+        Rows are plain inputs, of which ``web/concept_rows.js`` shows as many as ``count`` says: nested ones would lose
+        their values whenever the count changes.
+        """
         files = library.names()
-        rows = [_row(number, files) for number in range(1, MAX_ROWS + 1)]
         return schema(
             node_id="PerfusionLoadConcepts",
             display_name="Load Concepts",
@@ -119,14 +89,14 @@ class PerfusionLoadConcepts(io.ComfyNode):
             description="Loads up to 8 concept files, each with its own switch, strength, bias and temperature.",
             search_aliases=["perfusion load", "concept loader", "personalization", "textual inversion", "dreambooth"],
             inputs=[
-                io.DynamicCombo.Input(
+                io.Int.Input(
                     "count",
-                    options=[
-                        io.DynamicCombo.Option(str(count), [entry for row in rows[:count] for entry in row])
-                        for count in range(1, MAX_ROWS + 1)
-                    ],
-                    tooltip="How many concepts to load.",
+                    default=1,
+                    min=1,
+                    max=MAX_ROWS,
+                    tooltip="How many concepts to load; further rows are ignored.",
                 ),
+                *(entry for number in range(1, MAX_ROWS + 1) for entry in _row(number, files)),
                 Concepts.Input(
                     "concepts",
                     optional=True,
@@ -137,17 +107,38 @@ class PerfusionLoadConcepts(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, count: dict[str, Any] | None = None, **_: Any) -> str:
-        """Changes when one of the files does."""
-        return "|".join(library.stamp(row["file"]) for row in _rows(count or {}))
+    def validate_inputs(
+        cls,
+        count: int,
+        file_1: str = NO_FILE,
+        file_2: str = NO_FILE,
+        file_3: str = NO_FILE,
+        file_4: str = NO_FILE,
+        file_5: str = NO_FILE,
+        file_6: str = NO_FILE,
+        file_7: str = NO_FILE,
+        file_8: str = NO_FILE,
+    ) -> bool | str:
+        """Find out about missing files before anything runs. The host looks the arguments up by name."""
+        files = [file_1, file_2, file_3, file_4, file_5, file_6, file_7, file_8]
+        for number, file in enumerate(files[: count or MAX_ROWS], start=1):
+            if file not in (None, NO_FILE):
+                try:
+                    library.find(file)
+                except ValueError as error:
+                    return f"Load Concepts, input 'file_{number}': {error}"
+        return True
 
     @classmethod
-    def execute(cls, count: dict[str, Any], concepts: ConceptStack | None = None) -> io.NodeOutput:
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        """Changes when one of the files does."""
+        return "|".join(library.stamp(row["file"]) for row in _rows(inputs))
+
+    @classmethod
+    def execute(cls, concepts: ConceptStack | None = None, **inputs: Any) -> io.NodeOutput:
         """Read the files of all rows that are on."""
         uses = []
-        for row in _rows(count):
-            if not row["on"]:
-                continue
+        for row in _rows(inputs):
             with naming("Load Concepts", f"file_{row['number']}"):
                 concept = library.read(row["file"])
             gate = Gate(bias=row["bias"], temperature=row["temperature"], strength=row["strength"])
@@ -156,13 +147,58 @@ class PerfusionLoadConcepts(io.ComfyNode):
             return io.NodeOutput((concepts or ConceptStack()) + ConceptStack(tuple(uses)))
 
 
-def _rows(count: dict[str, Any]) -> list[dict[str, Any]]:
-    """The filled rows of the node, as number, file, on, strength, bias and temperature."""
+def _row(number: int, files: list[str]) -> list[io.Input]:
+    """The inputs of one row; optional, so that a graph in API format need not list empty rows."""
+    return [
+        io.Combo.Input(
+            f"file_{number}",
+            options=[NO_FILE, *files],
+            default=NO_FILE,
+            optional=True,
+            tooltip="A concept file from models/perfusion or output/perfusion. Press R to refresh the list.",
+        ),
+        io.Boolean.Input(
+            f"on_{number}", default=True, optional=True, tooltip="Off: as if the concept were not loaded."
+        ),
+        io.Float.Input(
+            f"strength_{number}",
+            default=_GATE.strength,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            optional=True,
+            tooltip="How strongly keys and values are edited. 0 switches the concept off.",
+        ),
+        io.Float.Input(
+            f"bias_{number}",
+            default=_GATE.bias,
+            min=-1.0,
+            max=2.0,
+            step=0.01,
+            optional=True,
+            tooltip="How much of the concept a word must hold before its gate opens. Lower: more faithful to the "
+            "photos. Higher: more obedient to the prompt. 0.6 to 0.75 suit local key lock, 0.4 to 0.6 global.",
+        ),
+        io.Float.Input(
+            f"temperature_{number}",
+            default=_GATE.temperature,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip="How softly the gate opens. Lower: a switch. Higher: a blend.",
+        ),
+    ]
+
+
+def _rows(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows in use: number, file, strength, bias and temperature of each that has a file and is on."""
     rows = []
-    for number in range(1, int(count.get("count", 0)) + 1):
-        if count.get(f"file_{number}", NO_FILE) != NO_FILE:
-            names = ("file", "on", "strength", "bias", "temperature")
-            rows.append({"number": number, **{name: count[f"{name}_{number}"] for name in names}})
+    for number in range(1, int(inputs.get("count") or 0) + 1):
+        file = inputs.get(f"file_{number}", NO_FILE)
+        if file not in (None, NO_FILE) and inputs.get(f"on_{number}", True):
+            gate = {name: inputs.get(f"{name}_{number}", getattr(_GATE, name)) for name in vars(_GATE)}
+            rows.append({"number": number, "file": file, **gate})
     return rows
 
 
@@ -188,7 +224,8 @@ class PerfusionApplyConcepts(io.ComfyNode):
                     options=list(LOCKS),
                     default="local",
                     tooltip="local: the concept's word attends as its super-category; more faithful. global: the whole "
-                    "prompt attends as if the super-category stood there; richer scenes, more variation.",
+                    "prompt attends as if the super-category stood there; richer scenes, more variation, best with a "
+                    "bias of 0.4 to 0.6.",
                 ),
             ],
             outputs=[
@@ -208,6 +245,8 @@ class PerfusionApplyConcepts(io.ComfyNode):
             raise ValueError("Apply Concepts, input 'clip': there is no CLIP. Connect the checkpoint's own CLIP.")
         with naming("Apply Concepts", "concepts"):
             stack = concepts.active.locked("global" if key_lock == "global" else "local")
+            if not len(stack):
+                logger.warning("Apply Concepts: no concept is on, so the model is passed on as it is.")
             model, clip = apply_concepts(model, clip, stack)
         return io.NodeOutput(model, clip, ", ".join(stack.placeholders))
 

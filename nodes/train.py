@@ -68,7 +68,10 @@ class PerfusionTrainConcept(io.ComfyNode):
                 io.Int.Input(
                     "resolution", default=default.resolution, min=64, max=2048, step=64, tooltip=tip("resolution")
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**53 - 1, tooltip=tip("seed")),
+                # A new seed after each run, which the front end offers for inputs of this name, would train each time.
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**53 - 1, control_after_generate=False, tooltip=tip("seed")
+                ),
                 io.Boolean.Input("flip", default=default.flip, tooltip=tip("flip")),
                 io.Int.Input(
                     "micro_batch",

@@ -88,7 +88,8 @@ class Concept:
     thumbnail: str = ""
 
     def __post_init__(self) -> None:
-        check_placeholder(self.placeholder)
+        object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
+        object.__setattr__(self, "super_category", _text(self.super_category))
         if self.form not in FORMS or self.estimator not in ESTIMATORS:
             raise ConceptFileError(f"it uses a form of the method ({self.form}, {self.estimator}) this version lacks")
         d = self.family.context_width
@@ -211,7 +212,7 @@ def file_stem(name: str) -> str:
     stem = _FILE_NAME.sub("-", name.removesuffix(".safetensors")).strip("-._")
     if not stem:
         raise ValueError("give the concept's file a name of letters and digits")
-    return stem[:100]
+    return stem[:100].encode()[:200].decode(errors="ignore")  # file systems count bytes
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def _parse(header: dict[str, Any], path: Path) -> Concept:
         training = json.loads(metadata.get("perfusion.training", "{}"))
         if not isinstance(training, dict):
             raise ValueError("training settings are not a table")
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ConceptFileError(f"its metadata is damaged ({error}). Copy or train it again.") from None
     expected = {"i_star", "d_star", "e_super", "o_star_v", *(_EMBEDDING + name for name in family.encoders)}
     if set(header) != expected:

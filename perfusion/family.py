@@ -107,7 +107,7 @@ class Family:
                 encoders=dict(fields["encoders"]),
                 transformers={name: (blocks, width) for name, (blocks, width) in fields["transformers"].items()},
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a family description: {error!r}") from error
 
 

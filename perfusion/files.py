@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors.torch import save
 from torch import Tensor
@@ -20,14 +21,16 @@ def write_atomically(
     Raises FileExistsError when the file exists and ``overwrite`` is off, OSError when it cannot be written.
     """
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=".part", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # that is said of the file alone
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
+    temporary = path.parent / f".{path.stem[:40]}-{uuid4().hex}.part"
+    try:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         if overwrite:
             os.replace(temporary, path)
         else:
@@ -37,7 +40,7 @@ def write_atomically(
             os.unlink(temporary)
 
 
-def _publish(temporary: str, path: Path) -> None:
+def _publish(temporary: Path, path: Path) -> None:
     """Give the finished file its name, which nobody else may have taken meanwhile."""
     try:
         os.link(temporary, path)
@@ -46,10 +49,8 @@ def _publish(temporary: str, path: Path) -> None:
     except OSError:
         # A file system without hard links: claim the name first, then put the finished file there.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(path)
+            raise

@@ -1,7 +1,8 @@
 """Concepts without training, and shortcuts to put them on models of a ComfyUI that runs in this process.
 
-They are random but sensible: i* is the encoding of the placeholder's own random embedding by the model's own CLIP, d* is
-close to it, e_super encodes the super-category, and o*_V has the scale of ``W_V e_super``.
+They are random but sensible: i* is the encoding of the placeholder's own random embedding by the model's own CLIP, d* its
+dual in the second moment of a few captions, e_super encodes the super-category, and o*_V has the scale of
+``W_V e_super``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from tests.models import CROSS_ATTENTION_BLOCKS, Parts, Weights
 
 TEDDY, CAT = "<my-teddy>", "<my-cat>"
 LAYERS = [f"{block}.transformer_blocks.0" for block in CROSS_ATTENTION_BLOCKS]
+CAPTIONS = [
+    "a photo of a house by the sea",
+    "two people walk through the snow at night, oil painting",
+    "an old blurry picture of a red car",
+    "the quick brown fox jumps over a sofa beside the moon",
+    "",
+]
 # The same layers as the host names them to attention patches: (block name, number).
 BLOCKS = {
     "input_blocks.1.1": ("input", 1),
@@ -63,7 +71,11 @@ def make_concept(
         general = text.encode(clip, [template], word_class(placeholder, super_category))
         i_star = own.context[own.word].float().mean(0).cpu()
         e_super = general.context[general.word][-1].float().cpu()
-        d_star = i_star + 0.1 * i_star.square().mean().sqrt() * noise(*i_star.shape)
+        others = text.encode(clip, CAPTIONS).context.flatten(0, 1).double().cpu()
+        moment = others.T @ others / len(others)
+        moment += 0.05 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+        d_star = torch.linalg.solve(moment, i_star.double()).float()
+        d_star *= i_star.norm() / d_star.norm()
         values = {}
         for layer, _, to_v in structure.projections(model.model.diffusion_model):
             plain = to_v.weight.float().cpu() @ e_super

@@ -19,15 +19,15 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image  # noqa: E402
 
 from tests.browser.page import comfy_page, run_graph  # noqa: E402
-from tests.comfyui.test_end_to_end import put_photos  # noqa: E402
+from tests.comfyui.test_end_to_end import cat_of, graph, put_photos  # noqa: E402
 from tests.hosts import Base, ServerOptions, main_host, running_server  # noqa: E402
 
 # Column by column: (node of the API twin, height it needs).
 COLUMNS: dict[str, list[list[str]]] = {
     "train_concept": [
-        ["checkpoint", "photo_1", "photo_2", "photo_3", "photo_4"],
+        ["photo_1", "photo_2", "photo_3", "photo_4"],
         ["mask_1", "mask_2", "mask_3", "mask_4"],
-        ["photos", "masks", "note"],
+        ["checkpoint", "photos", "masks", "note"],
         ["train", "save", "loss"],
         ["apply", "positive", "negative", "latent"],
         ["sampler", "decode", "save_image"],
@@ -73,8 +73,8 @@ _ARRANGE = """async ([api, columns, groups, note, width, gap]) => {
         for (const id of column) {
             const node = byTitle[id];
             const least = node.computeSize();
-            const height = id === 'note' ? 260 : Math.max(least[1], node.type.startsWith('LoadImage') ? 300 : 0,
-                node.type === 'SaveImage' ? 320 : 0, node.type === 'CLIPTextEncode' ? 140 : 0);
+            const height = id === 'note' ? 260 : Math.max(least[1], node.type.startsWith('LoadImage') ? 315 : 0,
+                ['SaveImage', 'LossGraphNode'].includes(node.type) ? 320 : 0, node.type === 'CLIPTextEncode' ? 140 : 0);
             node.setSize([width, height]);
             node.pos = [left, top];
             top += height + gap;
@@ -92,6 +92,21 @@ _ARRANGE = """async ([api, columns, groups, note, width, gap]) => {
     return JSON.stringify(app.graph.serialize());
 }"""
 
+# The part of the page that no bar or panel covers.
+VIEW = (60, 90, 1600, 900)
+_FIT = """([left, top, width, height]) => {
+    const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 40, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+    const x = Math.min(...boxes.map((b) => b[0])) - 30, y = Math.min(...boxes.map((b) => b[1])) - 70;
+    const right = Math.max(...boxes.map((b) => b[2])) + 30, bottom = Math.max(...boxes.map((b) => b[3])) + 30;
+    const scale = Math.min(width / (right - x), height / (bottom - y));
+    const ds = app.canvas.ds;
+    ds.scale = scale;
+    ds.offset[0] = left / scale - x + (width / scale - (right - x)) / 2;
+    ds.offset[1] = top / scale - y + (height / scale - (bottom - y)) / 2;
+    for (const node of app.graph._nodes) node.has_errors = false;
+    app.canvas.setDirty(true, true);
+}"""
+
 
 def main() -> None:
     """Make both workflows."""
@@ -100,8 +115,9 @@ def main() -> None:
         with running_server(main_host(), base, ServerOptions()) as server:
             put_photos(server.base / "input")
             checkpoint = server.model("checkpoint")
-            for name in COLUMNS:
-                make(server, name, checkpoint)
+            make(server, "train_concept", checkpoint)
+            server.queue(cat_of(graph(server, "train_concept")), timeout=600)
+            make(server, "two_concepts", checkpoint)
 
 
 def make(server: Any, name: str, checkpoint: str) -> None:
@@ -140,12 +156,12 @@ def make(server: Any, name: str, checkpoint: str) -> None:
         }"""
         page.evaluate(quick, [checkpoint, 64])
         run_graph(page, timeout=600)
-        page.evaluate("() => { app.canvas.ds.fitToBounds?.(0); }")
-        page.keyboard.press(".")
-        page.wait_for_timeout(2500)
+        page.evaluate(_FIT, list(VIEW))
+        page.wait_for_timeout(7000)  # until messages have gone
         picture = ROOT / "workflows" / f"{name}.png"
-        page.locator("#graph-canvas").screenshot(path=str(picture))
-        Image.open(picture).convert("RGB").resize((960, 600), Image.Resampling.LANCZOS).save(
+        left, top, width, height = VIEW
+        page.screenshot(path=str(picture), clip={"x": left, "y": top, "width": width, "height": height})
+        Image.open(picture).convert("RGB").resize((960, 540), Image.Resampling.LANCZOS).save(
             picture.with_suffix(".jpg"), quality=88
         )
         picture.unlink()

@@ -83,6 +83,9 @@ def _rgb(image: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
     image = image.detach().float().cpu()
     if not image.isfinite().all():
         raise ValueError(f"photo {number + 1} holds numbers that are not finite")
+    low, high = float(image.min()), float(image.max())
+    if low < -0.5 or high > 1.5:  # beyond what resizing overshoots; cut off it would be a black or white picture
+        raise ValueError(f"photo {number + 1} has values from {low:g} to {high:g}; they must be 0 to 1")
     transparency = None
     if image.shape[-1] == 4:
         transparency = image[..., 3].clamp(0, 1)
@@ -104,22 +107,31 @@ def _soft(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
         raise ValueError(f"mask {number + 1} has shape {tuple(mask.shape)}; it must be (height, width), finite numbers")
     mask = interpolate(mask.view(1, 1, *mask.shape).clamp(0, 1), (height, width), mode="bilinear", antialias=True)
     if mask.max() < 0.01:
-        raise ValueError(f"mask {number + 1} is empty: paint the thing in photo {number + 1}, or give no masks at all")
+        raise ValueError(
+            f"mask {number + 1} is empty: paint the thing in photo {number + 1}, or give no masks at all (Load Image "
+            "delivers an empty mask for a picture without transparency; Load Image (as Mask) reads a picture as a mask)"
+        )
     return mask / mask.max()
 
 
 def _square(image: Tensor, mask: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
-    """The largest square around the middle of the mask, resized: (1, 3, r, r) and (1, 1, r, r)."""
+    """The largest square that holds most of the mask, centered on it, resized: (1, 3, r, r) and (1, 1, r, r)."""
     height, width = image.shape[-2:]
     side = min(height, width)
-    total = mask.sum()
-    middle_y = float((mask.sum((0, 1, 3)) * torch.arange(height)).sum() / total) + 0.5
-    middle_x = float((mask.sum((0, 1, 2)) * torch.arange(width)).sum() / total) + 0.5
-    top = int(min(max(round(middle_y - side / 2), 0), height - side))
-    left = int(min(max(round(middle_x - side / 2), 0), width - side))
+    top, left = _window(mask.sum((0, 1, 3)), side), _window(mask.sum((0, 1, 2)), side)
     window = (..., slice(top, top + side), slice(left, left + side))
     image = interpolate(image[window], (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
     return image, interpolate(mask[window], (resolution, resolution), mode="bilinear", antialias=True)
+
+
+def _window(mass: Tensor, side: int) -> int:
+    """Where a window of ``side`` starts along a mask's mass (n,): holding most of it, then nearest to its middle."""
+    mass = mass.double()
+    before = torch.nn.functional.pad(mass.cumsum(0), (1, 0))
+    held = before[side:] - before[:-side]
+    best = (held >= held.max() * (1 - 1e-6)).nonzero().squeeze(1)
+    middle = float((mass * torch.arange(len(mass))).sum() / mass.sum()) + 0.5
+    return int(best[(best - (middle - side / 2)).abs().argmin()])
 
 
 def _loss_weight(mask: Tensor, latent: Tensor) -> Tensor:

@@ -62,9 +62,11 @@ class Subject:
     super_category: str
     captions: Sequence[str] = field(default_factory=paper_templates)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
+
     def prompts(self) -> list[str]:
         """The captions with the placeholder in place. Raises TrainingError for one that has no place for it."""
-        check_placeholder(self.placeholder)
         prompts = [caption.replace("{}", self.placeholder) for caption in self.captions]
         for prompt in prompts:
             if self.placeholder not in prompt.lower():

@@ -25,7 +25,13 @@ _ARGUMENTS = (
 @contextmanager
 def comfy_page(server: ComfyServer, *, nodes_2: bool = False) -> Iterator[Page]:
     """ComfyUI's page, ready for graphs, with the classic nodes or Nodes 2.0."""
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes_2, "Comfy.Workflow.Persist": False}
+    settings = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.VueNodes.Enabled": nodes_2,
+        "Comfy.Workflow.Persist": False,
+        "Comfy.Minimap.Visible": False,
+        "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+    }
     server.request("/api/settings", settings)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser(), args=list(_ARGUMENTS))

@@ -129,7 +129,7 @@ def test_train_save_load_and_draw(server: ComfyServer) -> None:
     pictures = [images(server, server.queue({**both, "sampler": _seeded(both, seed)}))[0] for seed in (1, 2)]
     assert pictures[0] != pictures[1]
     off = copy.deepcopy(both)
-    off["load"]["inputs"] |= {"count.on_1": False, "count.strength_2": 0.0}
+    off["load"]["inputs"] |= {"on_1": False, "strength_2": 0.0}
     stock = copy.deepcopy(off)
     del stock["load"], stock["apply"]
     for text in ("positive", "negative"):
@@ -137,6 +137,7 @@ def test_train_save_load_and_draw(server: ComfyServer) -> None:
     stock["sampler"]["inputs"]["model"] = ["checkpoint", 0]
     assert _pixels(images(server, server.queue(off))[0]) == _pixels(images(server, server.queue(stock))[0])
     assert _pixels(images(server, server.queue(both))[0]) == _pixels(pictures[0])
+    assert _pixels(images(server, server.queue(stock))[0]) != _pixels(pictures[0])
 
 
 def _seeded(prompt: Prompt, seed: int) -> dict:
@@ -174,7 +175,7 @@ def test_a_change_trains_again(server: ComfyServer, change: str) -> None:
 
 def test_a_missing_file_is_refused_when_queueing(server: ComfyServer) -> None:
     prompt = graph(server, "two_concepts")
-    prompt["load"]["inputs"]["count.file_2"] = "no-such-thing.safetensors"
+    prompt["load"]["inputs"]["file_2"] = "no-such-thing.safetensors"
     with pytest.raises(ServerPromptError) as refused:
         server.submit(prompt)
     assert "no-such-thing" in json.dumps(refused.value.node_errors["load"])

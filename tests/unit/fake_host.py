@@ -69,7 +69,7 @@ class FakeHost:
             encoders=encoders,
             transformers={"input_blocks.1.1": (1, 12), "middle_block.1": (1, 20)},
         )
-        self.fingerprint = f"{weights:064x}"
+        self.fingerprint = f"{weights:x}".ljust(64, "0")
         draw = torch.Generator().manual_seed(weights)
         self.encoders = {name: FakeTextEncoder(width, draw) for name, width in encoders.items()}
 

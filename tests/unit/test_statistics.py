@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perfusion.corpus import captions, captions_naming, paper_templates
+from perfusion.corpus import captions, captions_naming
 from perfusion.edit import presence
 from perfusion.hosts.base import Encodings, Word
 from perfusion.statistics import (
@@ -410,18 +410,12 @@ def test_robust_gates_open_where_the_papers_stay_shut() -> None:
     assert share_above(0.6, held_out, paper) < 0.7
 
 
-def test_robust_gates_hold_up_on_the_fake_encoder() -> None:
+def test_robust_gates_open_on_other_captions_than_they_were_made_of() -> None:
     host = FakeHost()
     statistics = measure(host, captions(300))
     word = Word("<it>", "teddy bear")
     held_out = word_encodings(host, captions_naming("<it>", 100, seed=9), word, last_only=True)
-    shares = {}
-    for estimator, texts in (
-        ("paper", [template.replace("{}", "<it>") for template in paper_templates()]),
-        ("robust", captions_naming("<it>", 240)),
-    ):
-        i_star, d_star = directions(word_encodings(host, texts, word, last_only=True), statistics, estimator)
-        r = presence(held_out, i_star.unsqueeze(0), d_star.unsqueeze(0))
-        shares[estimator] = float((r > 0.6).float().mean())
-    assert shares["robust"] > 0.95
-    assert shares["robust"] >= shares["paper"]
+    seen = word_encodings(host, captions_naming("<it>", 240), word, last_only=True)
+    i_star, d_star = directions(seen, statistics, "robust")
+    r = presence(held_out, i_star.unsqueeze(0), d_star.unsqueeze(0))
+    assert float((r > 0.6).float().mean()) > 0.95

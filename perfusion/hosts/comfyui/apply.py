@@ -11,13 +11,13 @@ import weakref
 from typing import Any
 
 import torch
-from comfy.patcher_extension import PatcherInjection, WrappersMP
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor
 
 from ...edit import KeyValueEdit
 from ...stack import ConceptStack
 from .structure import projections
-from .text import KEY_SHIFT, WordUsage
+from .text import KEY_SHIFT, KeyShift, WordUsage
 
 KEY = "perfusion"
 
@@ -52,14 +52,27 @@ class _Forward:
             return self.previous(context, *args, **kwargs)
         return owner.edit.project(self.layer, self.path, context, self.previous)
 
-    def install(self, owner: Applied) -> None:
-        """Take the projection's forward over, or only change hands where this wrapper still lies in the chain."""
-        self.owner = owner
+    @property
+    def on_top(self) -> bool:
+        """Whether the projection calls this wrapper, and none that lies over it."""
         module = self._module()
+        return module is not None and vars(module).get("forward") is self
+
+    def install(self, owner: Applied) -> _Forward:
+        """Take the projection's forward over, over whatever lies there; returns the wrapper that does.
+
+        A wrapper that was not on top when it was removed may still be part of another extension's chain, or have been
+        dropped from it: it stays silent where it is, and a new one takes its place.
+        """
+        module = self._module()
+        if self.previous is not None and not self.on_top and module is not None:
+            return _Forward(module, self.layer, self.path).install(owner)
+        self.owner = owner
         if self.previous is None and module is not None:
             self._was_own = "forward" in vars(module)
             self.previous = module.forward
             module.forward = self  # type: ignore[method-assign]
+        return self
 
     def remove(self, owner: Applied) -> None:
         """Give the forward back, if it is this owner's. Under another extension's wrapper it only falls silent."""
@@ -67,7 +80,7 @@ class _Forward:
             return
         self.owner = None
         module = self._module()
-        if module is None or vars(module).get("forward") is not self:
+        if module is None or not self.on_top:
             return
         if self._was_own:
             module.forward = self.previous
@@ -80,28 +93,33 @@ class _Forward:
 _forwards: weakref.WeakKeyDictionary[torch.nn.Module, _Forward] = weakref.WeakKeyDictionary()
 
 
-def _forwards_of(patcher: Any) -> list[_Forward]:
+def _forwards_of(patcher: Any) -> list[tuple[torch.nn.Module, _Forward]]:
     found = []
     for layer, to_k, to_v in projections(patcher.model.diffusion_model):
         for path, module in (("k", to_k), ("v", to_v)):
             if module not in _forwards:
                 _forwards[module] = _Forward(module, layer, path)
-            found.append(_forwards[module])
+            found.append((module, _forwards[module]))
     return found
 
 
 def _inject(patcher: Any) -> None:
     owner = patcher.get_attachment(KEY)
-    if owner is not None:
-        for forward in _forwards_of(patcher):
-            forward.install(owner)
+    # The host injects also where loading has failed and the weights were given up: nothing would eject it there.
+    if owner is not None and patcher.model.current_weight_patches_uuid is not None:
+        for module, forward in _forwards_of(patcher):
+            _forwards[module] = forward.install(owner)
 
 
 def _eject(patcher: Any) -> None:
     owner = patcher.get_attachment(KEY)
     if owner is not None:
-        for forward in _forwards_of(patcher):
+        for _, forward in _forwards_of(patcher):
             forward.remove(owner)
+
+
+def _nothing(patcher: Any) -> None:
+    """Stands in for an injection that happens later: see ``attach``."""
 
 
 def _with_key_shift(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -120,19 +138,44 @@ def _with_key_shift(executor: Any, *args: Any, **kwargs: Any) -> Any:
         owner.edit.key_lock.shift = None
 
 
+def _with_own_shifts(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Before sampling, takes the shift from conditionings that other nodes have joined, blended or blanked since.
+
+    The shift belongs to one encoding only; without it their keys are locked locally.
+    """
+    for conditionings in getattr(executor.class_obj, "conds", {}).values():
+        for conditioning in conditionings:
+            shift = conditioning.get("model_conds", {}).get(KEY_SHIFT)
+            if isinstance(shift, KeyShift) and not shift.belongs_to(conditioning.get("cross_attn")):
+                others = {name: value for name, value in conditioning["model_conds"].items() if name != KEY_SHIFT}
+                conditioning["model_conds"] = others
+    return executor(*args, **kwargs)
+
+
+_WRAPPERS = {WrappersMP.APPLY_MODEL: _with_key_shift, WrappersMP.OUTER_SAMPLE: _with_own_shifts}
+
+
 def attach(patcher: Any, applied: Applied) -> None:
-    """Make a patcher carry these edits, in place; they take effect whenever the host loads it."""
+    """Make a patcher carry these edits, in place; they take effect whenever the host loads it.
+
+    They are put over the forwards when all injections are in (the host's bypass LoRA is one), whatever their order,
+    and taken off before all others: so W i* and the locked keys are read with everything that others add.
+    """
+    detach(patcher)
     patcher.set_attachments(KEY, applied)
-    patcher.set_injections(KEY, [PatcherInjection(inject=_inject, eject=_eject)])
-    patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _with_key_shift)
+    patcher.injections = {KEY: [PatcherInjection(inject=_nothing, eject=_eject)], **patcher.injections}
+    patcher.add_callback_with_key(CallbacksMP.ON_INJECT_MODEL, KEY, _inject)
+    for kind, wrapper in _WRAPPERS.items():
+        patcher.add_wrapper_with_key(kind, KEY, wrapper)
 
 
 def detach(patcher: Any) -> None:
     """Make a patcher carry no edits, in place."""
     patcher.remove_attachments(KEY)
     patcher.remove_injections(KEY)
-    patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_INJECT_MODEL, KEY)
+    for kind in _WRAPPERS:
+        patcher.remove_wrappers_with_key(kind, KEY)
 
 
 def apply_to_model(model: Any, stack: ConceptStack, usage: WordUsage) -> Any:

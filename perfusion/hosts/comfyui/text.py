@@ -24,6 +24,21 @@ KEY = "perfusion"
 KEY_SHIFT = "perfusion_key_shift"
 
 
+class KeyShift(CONDCrossAttn):
+    """A shift (1, m, d) on its way with a conditioning, and the encoding that it belongs to."""
+
+    def __init__(self, cond: Tensor, encoding: Tensor | None = None):
+        super().__init__(cond)
+        self._encoding = encoding
+
+    def belongs_to(self, encoding: Tensor | None) -> bool:
+        """Whether this is still the encoding it was made for."""
+        own = self._encoding
+        if own is None or encoding is own:
+            return encoding is not None
+        return encoding is not None and encoding.shape == own.shape and torch.equal(encoding.to(own), own)
+
+
 class _WordId(int):
     """A token id that stands where a word was asked for."""
 
@@ -243,7 +258,7 @@ def _twin_injection(super_categories: Mapping[str, Mapping[str, list[int]]]) -> 
             out = previous(tokens)
             shift = _shift(out[0], tokens, super_categories, lambda twins: previous(twins)[0])
             extra = dict(out[2]) if len(out) > 2 else {}
-            extra["model_conds"] = {**extra.get("model_conds", {}), KEY_SHIFT: CONDCrossAttn(shift)}
+            extra["model_conds"] = {**extra.get("model_conds", {}), KEY_SHIFT: KeyShift(shift, out[0])}
             return (out[0], out[1], extra)
 
         encode_token_weights.perfusion_owner = words  # type: ignore[attr-defined]

@@ -1,0 +1,144 @@
+"""The shipped workflows and widgets in a real browser, in both renderers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.page import comfy_page, load_graph, prompt_of, run_graph
+from tests.comfyui.test_end_to_end import QUICK, put_photos
+from tests.hosts import ROOT, Base, ComfyServer, ServerOptions, main_host, running_server
+
+pytest.importorskip("playwright")
+pytestmark = [pytest.mark.comfyui, pytest.mark.server, pytest.mark.browser]
+
+RENDERERS = pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes_2"])
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model_store: Path) -> Iterator[ComfyServer]:
+    base = Base.make(tmp_path_factory.mktemp("browser"), model_store, {})
+    with running_server(main_host(), base, ServerOptions()) as running:
+        put_photos(running.base / "input")
+        yield running
+
+
+def workflow(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "workflows" / f"{name}.json").read_text())
+
+
+def photograph(page: Any, name: str) -> None:
+    """Keeps a picture of the page where PERFUSION_SCREENSHOTS says, for people to look at."""
+    if folder := os.environ.get("PERFUSION_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+def by_kind(prompt: dict[str, Any]) -> list[tuple[str, str]]:
+    """Nodes and their widget values, without ids and links: what a graph says, however it is numbered."""
+    return sorted(
+        (
+            node["class_type"],
+            json.dumps({k: v for k, v in node["inputs"].items() if not isinstance(v, list)}, sort_keys=True),
+        )
+        for node in prompt.values()
+    )
+
+
+def test_the_template_browser_lists_the_workflows(server: ComfyServer) -> None:
+    assert set(WORKFLOWS) >= {"train_concept", "two_concepts"}
+    assert set(server.get("/api/workflow_templates")["ComfyUI-Perfusion"]) >= set(WORKFLOWS)
+    for name in WORKFLOWS:
+        served = server.request(f"/api/workflow_templates/ComfyUI-Perfusion/{name}.jpg")
+        assert served[:2] == b"\xff\xd8"
+
+
+@pytest.mark.parametrize("node", ["TrainConcept", "SaveConcept", "LoadConcepts", "ApplyConcepts"])
+def test_help_pages_are_served(server: ComfyServer, node: str) -> None:
+    assert server.request(f"/extensions/ComfyUI-Perfusion/docs/Perfusion{node}.md").startswith(b"#")
+
+
+@RENDERERS
+@pytest.mark.parametrize("name", ["train_concept", "two_concepts"])
+def test_a_workflow_says_what_its_api_twin_says(server: ComfyServer, name: str, nodes_2: bool) -> None:
+    twin = json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text())
+    with comfy_page(server, nodes_2=nodes_2) as page:
+        load_graph(page, workflow(name))
+        prompt = prompt_of(page)
+        photograph(page, f"{name}-{'nodes_2' if nodes_2 else 'classic'}")
+    expected = {node for node, _ in by_kind(twin)}
+    assert {node for node, _ in by_kind(prompt)} == expected
+    for node in prompt.values():
+        if node["class_type"].startswith("Perfusion"):
+            match = next(entry for entry in twin.values() if entry["class_type"] == node["class_type"])
+            values = {key: value for key, value in match["inputs"].items() if not isinstance(value, list)}
+            assert {key: node["inputs"][key] for key in values} == values
+
+
+@RENDERERS
+def test_train_and_draw_from_the_page(server: ComfyServer, nodes_2: bool) -> None:
+    """What a user does: open both workflows, choose the checkpoint, press run."""
+    checkpoint = server.model("checkpoint")
+    set_values = """([kind, values]) => {
+        for (const node of app.graph._nodes.filter((n) => n.type === kind))
+            for (const [name, value] of Object.entries(values)) {
+                const widget = node.widgets.find((w) => w.name === name);
+                widget.value = value;
+                widget.callback?.(value);
+            }
+    }"""
+    small = {"width": QUICK["resolution"], "height": QUICK["resolution"]}
+    with comfy_page(server, nodes_2=nodes_2) as page:
+        load_graph(page, workflow("train_concept"))
+        for kind, values in {
+            "CheckpointLoaderSimple": {"ckpt_name": checkpoint},
+            "PerfusionTrainConcept": {**QUICK, "steps": 2},
+            "EmptyLatentImage": small,
+            "KSampler": {"steps": 2},
+        }.items():
+            page.evaluate(set_values, [kind, values])
+        run_graph(page)
+        photograph(page, f"trained-{'nodes_2' if nodes_2 else 'classic'}")
+        load_graph(page, workflow("two_concepts"))
+        page.evaluate(set_values, ["PerfusionLoadConcepts", {"count": 1, "file_1": "my-teddy.safetensors"}])
+        for kind, values in {
+            "CheckpointLoaderSimple": {"ckpt_name": checkpoint},
+            "EmptyLatentImage": small,
+            "KSampler": {"steps": 2},
+        }.items():
+            page.evaluate(set_values, [kind, values])
+        run_graph(page)
+    assert (server.base / "output" / "perfusion" / "my-teddy.safetensors").is_file()
+
+
+@RENDERERS
+def test_rows_follow_the_count_and_keep_their_values(server: ComfyServer, nodes_2: bool) -> None:
+    visible = """() => app.graph._nodes[0].widgets.filter((w) => !w.hidden).map((w) => w.name)"""
+    set_count = """(count) => {
+        const widget = app.graph._nodes[0].widgets.find((w) => w.name === 'count');
+        widget.value = count;
+        widget.callback(count);
+    }"""
+    with comfy_page(server, nodes_2=nodes_2) as page:
+        page.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('PerfusionLoadConcepts')); }")
+        page.wait_for_timeout(500)
+        assert page.evaluate(visible) == ["count", "file_1", "on_1", "strength_1", "bias_1", "temperature_1"]
+        page.evaluate(set_count, 3)
+        assert len(page.evaluate(visible)) == 16
+        page.evaluate("() => { app.graph._nodes[0].widgets.find((w) => w.name === 'bias_3').value = 0.42; }")
+        page.wait_for_timeout(300)
+        photograph(page, f"rows-{'nodes_2' if nodes_2 else 'classic'}")
+        page.evaluate(set_count, 1)
+        page.evaluate(set_count, 8)
+        assert len(page.evaluate(visible)) == 41
+        saved = page.evaluate("() => app.graph.serialize()")
+        load_graph(page, saved)
+        assert len(page.evaluate(visible)) == 41
+        (load,) = prompt_of(page).values()
+        assert load["inputs"]["bias_3"] == 0.42 and load["inputs"]["count"] == 8

@@ -1,0 +1,146 @@
+"""Concepts in use together, and the families they fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from perfusion.concept import Concept
+from perfusion.edit import Gate, ParallelConceptsError
+from perfusion.family import Family, name_of
+from perfusion.stack import MAX_CONCEPTS, ConceptStack, ConceptUse, StackError
+
+FAMILY = Family("small", 24, {"clip_l": 24}, {"input_blocks.1.1": (2, 3), "middle_block.1": (1, 5)})
+
+
+def a_concept(placeholder: str, seed: int = 0, **changes: Any) -> Concept:
+    draw = torch.Generator().manual_seed(seed)
+    i_star = torch.randn(24, generator=draw)
+    fields = {
+        "family": FAMILY,
+        "placeholder": placeholder,
+        "super_category": "bear",
+        "embeddings": {"clip_l": torch.randn(1, 24, generator=draw)},
+        "i_star": i_star,
+        "d_star": i_star / i_star.abs().max(),
+        "e_super": torch.randn(24, generator=draw),
+        "o_star_v": {layer: torch.randn(width, generator=draw) for layer, width in FAMILY.layers.items()},
+    }
+    return Concept.rounded(**{**fields, **changes})
+
+
+def stack_of(count: int, **use: Any) -> ConceptStack:
+    return ConceptStack(tuple(ConceptUse(a_concept(f"<it-{k}>", k), **use) for k in range(count)))
+
+
+def test_stacks_add_up_in_order() -> None:
+    stack = stack_of(2) + ConceptStack((ConceptUse(a_concept("<other>", 9)),))
+    assert len(stack) == 3
+    assert stack.placeholders == ["<it-0>", "<it-1>", "<other>"]
+    assert [concept.placeholder for concept in stack.concepts] == stack.placeholders
+    assert len(ConceptStack()) == 0
+
+
+def test_one_word_for_two_concepts_is_refused() -> None:
+    for word in ("<it-1>", "<IT-1>"):
+        with pytest.raises(StackError, match="share the word <it-1>"):
+            stack_of(2) + ConceptStack((ConceptUse(a_concept(word, 9)),))
+
+
+def test_too_many_concepts_are_refused() -> None:
+    assert len(stack_of(MAX_CONCEPTS)) == 16
+    with pytest.raises(StackError, match="17 concepts at once; at most 16"):
+        stack_of(MAX_CONCEPTS + 1)
+
+
+def test_an_unknown_key_lock_is_refused() -> None:
+    with pytest.raises(ValueError, match="local, global, not 'sideways'"):
+        stack_of(1, lock="sideways")
+    with pytest.raises(ValueError, match="key lock"):
+        stack_of(1).locked("")  # type: ignore[arg-type]
+
+
+def test_locks_are_changed_in_a_copy() -> None:
+    stack = stack_of(2)
+    assert [use.lock for use in stack.locked("global").uses] == ["global", "global"]
+    assert [use.lock for use in stack.uses] == ["local", "local"]
+    assert stack.locked("global").edit().key_lock.locks == ("global", "global")
+
+
+@pytest.mark.parametrize("path", ["k", "v"])
+def test_strength_0_is_as_good_as_absent(path: Any) -> None:
+    uses = list(stack_of(3).uses)
+    uses[1] = replace(uses[1], gate=Gate(strength=0))
+    stack = ConceptStack(tuple(uses))
+    assert stack.active.placeholders == ["<it-0>", "<it-2>"]
+    context = torch.cat([torch.randn(1, 70, 24), uses[1].concept.i_star.expand(1, 7, 24)], dim=1)
+    layer, weight = "middle_block.1.transformer_blocks.0", torch.randn(5, 24)
+
+    def project(used: ConceptStack) -> torch.Tensor:
+        return used.edit().project(layer, path, context, lambda x: x @ weight.T)
+
+    assert torch.equal(project(stack.active), project(ConceptStack((uses[0], uses[2]))))
+    assert not torch.allclose(project(stack), project(stack.active)), "in the paper's form it still subtracts"
+
+
+def test_an_edit_carries_each_concepts_own_settings() -> None:
+    gates = [Gate(0.5, 0.2, 0.9), Gate(0.7, 0.1, 1.2)]
+    concepts = [a_concept("<a>", 1, form="preserving"), a_concept("<b>", 2)]
+    stack = ConceptStack((ConceptUse(concepts[0], gates[0], "global"), ConceptUse(concepts[1], gates[1], "local")))
+    edit = stack.edit()
+    assert edit.key_lock.locks == ("global", "local")
+    assert edit.directions.preserving.tolist() == [True, False]
+    for name in ("bias", "temperature", "strength"):
+        assert getattr(edit.directions, name).tolist() == pytest.approx([getattr(g, name) for g in gates])
+    for layer, values in edit.o_star_v.items():
+        assert torch.equal(values, torch.stack([c.o_star_v[layer] for c in concepts]))
+
+
+def test_twins_under_two_words_are_refused_by_name() -> None:
+    stack = ConceptStack((ConceptUse(a_concept("<a>")), ConceptUse(a_concept("<b>"))))
+    with pytest.raises(ParallelConceptsError, match="<a> and <b> are too alike"):
+        stack.edit()
+
+
+# --- families
+
+SD1 = Family("sd1", 768, {"clip_l": 768}, {"middle_block.1": (1, 1280)})
+SDXL = Family("sdxl", 2048, {"clip_l": 768, "clip_g": 1280}, {"middle_block.1": (10, 1280)})
+
+
+@pytest.mark.parametrize(
+    ("concept", "model", "told"),
+    [
+        (SDXL, SD1, ["Stable Diffusion XL", "Stable Diffusion 1.x", "2048", "768"]),
+        (SD1, SDXL, ["Stable Diffusion XL", "Stable Diffusion 1.x", "2048", "768"]),
+        (SD1, replace(SD1, name="unet64", context_width=64), ["Stable Diffusion 1.x", "unet64"]),
+        (SD1, replace(SD1, encoders={"t5": 768}), ["clip_l (768)", "t5 (768)"]),
+        (SD1, replace(SD1, transformers={"middle_block.1": (2, 1280)}), ["(1)", "(2)", "architectures"]),
+    ],
+)
+def test_difference_names_both_sides(concept: Family, model: Family, told: list[str]) -> None:
+    message = concept.difference(model)
+    assert message is not None
+    assert all(text in message for text in told)
+
+
+def test_names_alone_make_no_difference() -> None:
+    assert SD1.difference(replace(SD1, name="finetune")) is None
+    assert SD1.difference(SD1) is None
+
+
+@pytest.mark.parametrize("family", [SD1, SDXL, FAMILY])
+def test_families_survive_json_in_order(family: Family) -> None:
+    found = Family.from_json(family.to_json())
+    assert found == family
+    assert list(found.layers.items()) == list(family.layers.items())
+    assert list(found.encoders) == list(family.encoders)
+
+
+def test_families_are_named_by_width() -> None:
+    assert [name_of(width) for width in (768, 1024, 2048, 64)] == ["sd1", "sd2", "sdxl", "unet64"]
+    assert SDXL.layers["middle_block.1.transformer_blocks.9"] == 1280
+    assert (FAMILY.title, FAMILY.architecture) == ("small", "small")

@@ -1,0 +1,416 @@
+"""The trainer, on a whole host in miniature."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from perfusion.concept import Concept, PlaceholderError
+from perfusion.corpus import captions, captions_naming
+from perfusion.hosts.base import Encodings
+from perfusion.statistics import TextStatistics, measure, word_encodings
+from perfusion.training import trainer as trainer_module
+from perfusion.training.config import TrainingConfig
+from perfusion.training.dataset import Photos, prepare
+from perfusion.training.trainer import EMA, StepReport, Subject, Trainer, TrainingError, train
+from tests.unit.fake_host import FakeHost
+
+BEAR = Subject("<bear>", "bear")
+TWO_ENCODERS = {"clip_l": 12, "clip_g": 6}
+STILL = {"value_rate": 0.0, "embedding_rate": 0.0}  # nothing moves: what is left is the gradient
+
+
+def settings(**changes: Any) -> TrainingConfig:
+    small = {"steps": 20, "batch_size": 4, "micro_batch": 0, "resolution": 64, "contexts": 16}
+    return TrainingConfig(**{**small, **changes})
+
+
+@cache
+def photos() -> Photos:
+    draw = torch.Generator().manual_seed(3)
+    images = [0.2 + 0.6 * torch.rand(64, 64, 3, generator=draw).round() for _ in range(3)]
+    masks = [torch.zeros(64, 64) for _ in images]
+    for k, mask in enumerate(masks):
+        mask[8 * k : 8 * k + 40, 4:50] = 1
+    return prepare(FakeHost(), images, masks, 64)
+
+
+@cache
+def statistics(two_encoders: bool = False) -> TextStatistics:
+    return measure(FakeHost(encoders=TWO_ENCODERS) if two_encoders else FakeHost(), captions(100))
+
+
+def a_trainer(
+    subject: Subject = BEAR, host: FakeHost | None = None, pictures: Photos | None = None, **changes: Any
+) -> Trainer:
+    """A trainer whose host is loaded, as inside ``host.training()``."""
+    host = host or FakeHost()
+    host.in_training = True
+    used = statistics(len(host.encoders) == 2)
+    return Trainer(host, pictures or photos(), subject, used, settings(**changes))
+
+
+def trained(subject: Subject = BEAR, host: FakeHost | None = None, **changes: Any) -> Concept:
+    return train(host or FakeHost(), photos(), subject, statistics(), settings(**changes))[0]
+
+
+def gradients(trainer: Trainer) -> list[Tensor]:
+    parameters = [*trainer.embeddings.values(), *trainer.o_star_v.values()]
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+# --- learning
+
+
+@pytest.mark.parametrize("form", ["paper", "preserving"])
+@pytest.mark.parametrize("estimator", ["paper", "robust"])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_twenty_steps_lower_the_loss(form: str, estimator: str, prediction: Literal["eps", "v"]) -> None:
+    trainer = a_trainer(host=FakeHost(prediction), form=form, estimator=estimator, vectors=2)
+    before = trainer.fixed_loss()
+    trainer.run()
+    assert trainer.steps_done == len(trainer.losses) == 20
+    assert trainer.fixed_loss() < 0.97 * before
+
+
+@pytest.mark.parametrize(
+    ("super_category", "means"),
+    [
+        ("bear", [[0]]),
+        ("teddy bear", [[0, 1]]),
+        ("toy grandfather", [[0, 1], [2]]),
+        ("cat", [[0], [0], [0]]),
+        ("teddy bear", [[0], [0], [1], [1]]),
+    ],
+)
+def test_everything_starts_at_the_super_category(super_category: str, means: list[list[int]]) -> None:
+    """Each vector of the word is the mean of some of the super-category's tokens."""
+    host = FakeHost(encoders=TWO_ENCODERS)
+    trainer = a_trainer(Subject("<it>", super_category), host, vectors=len(means))
+    rows = host.token_embeddings(super_category)
+    for name, found in trainer.embeddings.items():
+        assert torch.allclose(found, torch.stack([rows[name][mean].mean(0) for mean in means]), atol=1e-6)
+    plain = replace(trainer.word, embeddings=None)
+    own = word_encodings(host, captions_naming("<it>", 16), plain, last_only=True)
+    assert torch.allclose(trainer.e_super, own.mean(0), atol=1e-6)
+    for layer, values in trainer.o_star_v.items():
+        assert torch.allclose(values[0], host.layers[layer]["v"] @ trainer.e_super, atol=1e-5)
+
+
+def test_only_the_word_and_its_target_values_are_trained() -> None:
+    host = FakeHost(encoders=TWO_ENCODERS)
+    weights = [e.table for e in host.encoders.values()] + [w for layer in host.layers.values() for w in layer.values()]
+    before = [w.clone() for w in weights]
+    trainer = a_trainer(host=host, steps=3)
+    locked = trainer.e_super.clone()
+    start = {id(p): p.detach().clone() for p in (*trainer.embeddings.values(), *trainer.o_star_v.values())}
+    groups = trainer._optimizer.param_groups
+    assert {id(p) for group in groups for p in group["params"]} == set(start)
+    assert sum(p.numel() for p in start.values()) == 12 + 6 + 12 + 20
+    assert all(group["weight_decay"] == 0 for group in groups)
+    trainer.run()
+    for parameter in (*trainer.embeddings.values(), *trainer.o_star_v.values()):
+        assert parameter.dtype == torch.float32
+        assert not torch.equal(parameter, start[id(parameter)])
+    assert torch.equal(trainer.e_super, locked), "keys stay where the super-category was"
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(weights, before, strict=True))
+    assert not any(t.requires_grad for t in (trainer.i_star, trainer.d_star, trainer.e_super))
+
+
+def test_relative_rates_are_shares_of_each_tensors_size() -> None:
+    host = FakeHost(encoders=TWO_ENCODERS)
+    trainer = a_trainer(host=host, rates="relative", value_rate=0.1, embedding_rate=0.05)
+    rates = {id(group["params"][0]): group["lr"] for group in trainer._optimizer.param_groups}
+    for name, rows in trainer.embeddings.items():
+        assert rates[id(rows)] == pytest.approx(0.05 * float(host.encoders[name].table.std()))
+    for values in trainer.o_star_v.values():
+        assert rates[id(values)] == pytest.approx(0.1 * float(values.detach().square().mean().sqrt()))
+    assert len(set(rates.values())) == 4
+
+
+def test_absolute_rates_are_taken_as_they_are() -> None:
+    trainer = a_trainer(rates="absolute", value_rate=0.03, embedding_rate=0.006)
+    assert [group["lr"] for group in trainer._optimizer.param_groups] == [0.006, 0.03, 0.03]
+    before = {layer: values.detach().clone() for layer, values in trainer.o_star_v.items()}
+    trainer.step()
+    for layer, values in trainer.o_star_v.items():
+        assert float((values.detach() - before[layer]).abs().max()) == pytest.approx(0.03, rel=0.01)
+
+
+# --- the same run again
+
+
+def test_one_seed_gives_one_concept_and_another_seed_another() -> None:
+    first, again, other = trained(steps=5), trained(steps=5), trained(steps=5, seed=1)
+    assert first.digest == again.digest
+    assert first.digest != other.digest
+
+
+def test_the_callers_random_state_is_neither_read_nor_changed() -> None:
+    torch.manual_seed(1)
+    first = trained(steps=2).digest
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert trained(steps=2).digest == first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("estimator", ["paper", "robust"])
+def test_looking_at_a_run_does_not_change_it(estimator: str) -> None:
+    looks: list[float] = []
+
+    def look(trainer: Trainer, report: StepReport) -> None:
+        looks.append(trainer.fixed_loss())
+        trainer.concept()
+
+    host = FakeHost()
+    watched, _ = train(host, photos(), BEAR, statistics(), settings(steps=4, estimator=estimator), [look])
+    assert len(looks) == 4
+    assert watched.digest == trained(steps=4, estimator=estimator).digest
+
+
+@pytest.mark.parametrize("changes", [{}, {"vectors": 3}, {"estimator": "paper"}])
+def test_size_of_micro_batches_does_not_matter(changes: dict[str, Any]) -> None:
+    whole = a_trainer(micro_batch=0, **STILL, **changes)
+    report = whole.step()
+    for micro_batch in (1, 2, 3, 4, 9):
+        parts = a_trainer(micro_batch=micro_batch, **STILL, **changes)
+        found = parts.step()
+        assert (found.loss, found.gate) == pytest.approx((report.loss, report.gate), rel=1e-5)
+        assert torch.allclose(parts.i_star, whole.i_star, atol=1e-6)
+        for a, b in zip(gradients(parts), gradients(whole), strict=True):
+            assert float((a - b).abs().max()) < 1e-5 * float(b.abs().max())
+        assert parts.fixed_loss() == pytest.approx(whole.fixed_loss(), rel=1e-5)
+
+
+def test_micro_batches_lead_to_the_same_concept() -> None:
+    whole, parts = trained(steps=5), trained(steps=5, micro_batch=1)
+    for name, tensor in whole.tensors.items():
+        assert torch.allclose(parts.tensors[name].float(), tensor.float(), rtol=2e-3, atol=1e-3), name
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    assert trained(steps=4, gradient_checkpointing=True).digest == trained(steps=4).digest
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_loss_is_that_of_the_networks_own_target(prediction: Literal["eps", "v"]) -> None:
+    """v = alpha noise - sigma' x0 at unit variance (Salimans and Ho 2022), weighted by the mask."""
+    host = FakeHost(prediction)
+    trainer = a_trainer(host=host, seed=5, **STILL)
+    batch = trainer._draw(4, torch.Generator().manual_seed(5))
+    x0, weights = photos().pick(batch.photo, batch.flipped)
+    sigma = host.noise_levels()[batch.level].view(-1, 1, 1, 1)
+    alpha = 1 / (1 + sigma**2).sqrt()
+    text = host.encode([trainer.subject.prompts()[k] for k in batch.prompt], trainer.word)
+    found = host.network(alpha * (x0 + sigma * batch.noise), text.context, trainer._edit).detach()
+    target = batch.noise if prediction == "eps" else alpha * batch.noise - alpha * sigma * x0
+    expected = (weights * (found - target).square()).mean()
+    assert trainer.step().loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_draws_cover_photos_captions_and_noise_levels() -> None:
+    trainer = a_trainer()
+    batch = trainer._draw(256, trainer.generator)
+    assert set(batch.photo.tolist()) == {0, 1, 2}
+    assert set(batch.prompt.tolist()) == set(range(len(BEAR.prompts())))
+    assert batch.level.min() < 5
+    assert batch.level.max() > 94
+    assert 90 < batch.flipped.sum() < 166
+    assert float(batch.noise.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_flip_off_never_mirrors() -> None:
+    broken = replace(photos(), mirrored=torch.full_like(photos().mirrored, torch.nan))
+    trainer = a_trainer(pictures=broken, flip=False, steps=10)
+    trainer.run()
+    with pytest.raises(TrainingError):
+        a_trainer(pictures=broken, flip=True, steps=10).run()
+
+
+# --- i* and d*
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[Encodings]:
+    """The encodings of every batch trained on."""
+    seen: list[Encodings] = []
+    original = Trainer._loss
+
+    def recorded(self: Trainer, batch: Any) -> tuple[Tensor, Encodings]:
+        loss, text = original(self, batch)
+        seen.append(text)
+        return loss, text
+
+    monkeypatch.setattr(Trainer, "_loss", recorded)
+    return seen
+
+
+def test_the_papers_target_input_is_a_moving_average(texts: list[Encodings]) -> None:
+    trainer = a_trainer(estimator="paper")
+    expected = trainer.i_star.clone()
+    for _ in range(3):
+        trainer.step()
+        text = texts.pop()
+        expected = 0.99 * expected + 0.01 * text.context[text.word].detach().mean(0)
+        assert torch.allclose(trainer.i_star, expected, atol=1e-6)
+        assert torch.equal(trainer.d_star, statistics().metric().dual(trainer.i_star))
+        assert torch.equal(trainer._edit.directions.i_star[0], trainer.i_star)
+    assert EMA == 0.99
+    assert torch.equal(trainer.concept().i_star, trainer.i_star.half().float())
+
+
+def test_the_robust_target_input_is_looked_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "REFRESH", 3)
+    trainer = a_trainer(steps=7)
+    seen = [trainer.i_star.clone()]
+    while trainer.steps_done < 7:
+        trainer.step()
+        assert torch.equal(trainer._edit.directions.i_star[0], trainer.i_star)
+        seen.append(trainer.i_star.clone())
+    changed = [k for k in range(1, 8) if not torch.equal(seen[k], seen[k - 1])]
+    assert changed == [3, 6]
+    own = word_encodings(trainer.host, captions_naming("<bear>", 16), trainer.word)
+    assert torch.equal(trainer.concept().i_star, own.mean(0).half().float()), "the concept's is always the latest"
+
+
+def test_gate_in_the_report_is_that_of_the_concepts_word(texts: list[Encodings]) -> None:
+    trainer = a_trainer(**STILL)
+    report = trainer.step()
+    encoded = texts[0].context[texts[0].word].detach()
+    r = encoded @ trainer.d_star / (trainer.i_star @ trainer.d_star)
+    assert report.gate == pytest.approx(float(torch.sigmoid((r - 0.75) / 0.1).mean()), rel=1e-4)
+    assert (report.step, report.steps, report.loss) == (1, 20, trainer.losses[0])
+
+
+# --- stopping
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_callback_may_stop_the_run_and_what_was_learned_is_kept() -> None:
+    kept: list[Trainer] = []
+    host = FakeHost()
+
+    def stop(trainer: Trainer, report: StepReport) -> None:
+        if report.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(host, photos(), BEAR, statistics(), settings(), [stop], kept.append)
+    assert not host.in_training
+    (trainer,) = kept
+    assert trainer.steps_done == 3
+    concept = trainer.concept({"stopped": True})
+    assert (concept.training["steps_done"], concept.training["steps"], concept.training["stopped"]) == (3, 20, True)
+    assert concept.digest == trained(steps=3).digest
+    with host.training():
+        assert trainer.run().digest == trained().digest, "a stopped run can go on as if nothing had happened"
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower() -> None:
+    host = FakeHost()
+    trainer = a_trainer(host=host)
+    trainer.step()
+    before = trainer.concept().digest
+    host.poison = True
+    with pytest.raises(TrainingError, match="step 2 .* value_rate and embedding_rate"):
+        trainer.run()
+    assert trainer.steps_done == 1
+    assert trainer.concept().digest == before
+
+
+def test_the_concept_says_how_it_was_trained() -> None:
+    concept = trained(steps=2, form="preserving", seed=7)
+    assert concept.training["photos"] == 3
+    assert (concept.training["steps_done"], concept.training["seed"]) == (2, 7)
+    assert (concept.form, concept.estimator, concept.placeholder) == ("preserving", "robust", "<bear>")
+    assert (concept.encoder, concept.super_category) == (FakeHost().fingerprint, "bear")
+    assert concept.created.endswith("Z")
+
+
+# --- subjects
+
+
+@pytest.mark.parametrize("super_category", ["", "  ", "!?", "..."])
+def test_a_super_category_that_is_no_word_is_refused(super_category: str) -> None:
+    with pytest.raises(TrainingError, match="no word for the text encoder"):
+        a_trainer(Subject("<it>", super_category))
+
+
+def test_captions_are_given_the_word() -> None:
+    subject = Subject(" <My-Bear>", "bear", ["{} on a hill", "A photo of <MY-BEAR>", "{} beside {}"])
+    assert subject.placeholder == "<my-bear>"
+    assert subject.prompts() == ["<my-bear> on a hill", "A photo of <MY-BEAR>", "<my-bear> beside <my-bear>"]
+    a_trainer(subject, steps=1).run()
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        (["{} on a hill", "a bear on a hill"], "'a bear on a hill' does not contain <it>"),
+        ([], "no captions"),
+        (["very " * 60 + "large {}"], "too long"),
+    ],
+)
+def test_captions_without_the_word_are_refused(captions: list[str], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        a_trainer(Subject("<it>", "bear", captions)).step()
+
+
+def test_an_ordinary_word_is_no_placeholder() -> None:
+    with pytest.raises(PlaceholderError):
+        Subject("bear", "bear")
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"batch_size": 257},
+        {"micro_batch": -1},
+        {"resolution": 500},
+        {"resolution": 0},
+        {"resolution": 4096},
+        {"value_rate": -0.1},
+        {"embedding_rate": float("nan")},
+        {"temperature": 0.0},
+        {"bias": float("inf")},
+        {"contexts": 7},
+        {"vectors": 0},
+        {"vectors": 33},
+        {"form": "baroque"},
+        {"estimator": "oracle"},
+        {"rates": "fast"},
+    ],
+)
+def test_settings_out_of_range_are_named(setting: dict[str, Any]) -> None:
+    ((name, _),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name} is .* must be"):
+        TrainingConfig(**setting)
+
+
+def test_every_setting_has_help() -> None:
+    for setting in fields(TrainingConfig):
+        assert len(TrainingConfig.help(setting.name)) > 15
+
+
+def test_the_papers_setup() -> None:
+    config = TrainingConfig.paper(steps=50)
+    assert (config.rates, config.value_rate, config.embedding_rate) == ("absolute", 0.03, 0.006)
+    assert (config.bias, config.temperature, config.batch_size) == (0.75, 0.1, 16)
+    assert (config.form, config.estimator, config.steps) == ("paper", "paper", 50)
