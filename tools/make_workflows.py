@@ -51,7 +51,7 @@ NOTES = {
     "two_concepts": "Train two concepts first, or put their files into models/perfusion and press R.\nEach row has its "
     "own switch, strength, bias and temperature. Write both placeholders into the prompt.",
 }
-COLUMN_WIDTH, GAP, TOP = 340, 60, 0
+COLUMN_WIDTH, GAP = 340, 90
 
 _ARRANGE = """async ([api, columns, groups, note, width, gap]) => {
     await app.loadApiJson(api, 'workflow');

@@ -210,7 +210,7 @@ def test_size(tmp_path: Path, family: Family, tensors: int, file: int) -> None:
         ({"embeddings": {"clip_l": torch.zeros(4), "clip_g": torch.zeros(1, 2)}}, "embedding.clip_l has shape"),
         ({"embeddings": {"clip_l": torch.tensor(1.0), "clip_g": torch.zeros(1, 2)}}, "embedding.clip_l has shape"),
         ({"o_star_v": {}}, "its layers are not those of its family"),
-        ({"o_star_v": dict(reversed(a_concept().o_star_v.items()))}, "its layers are not those"),
+        ({"o_star_v": dict(reversed(list(a_concept().o_star_v.items())))}, "its layers are not those"),
         ({"o_star_v": dict.fromkeys(SMALL.layers, torch.ones(4))}, "o_star_v of input_blocks.1.1"),
         ({"form": "baroque"}, "baroque"),
         ({"estimator": "oracle"}, "oracle"),
@@ -246,31 +246,19 @@ def test_whatever_is_accepted_is_one_made_up_word(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "<>",
-        "teddy",
-        "my-teddy",
-        "<my teddy>",
-        "<my\nteddy>",
-        "<-a>",
-        "<a->",
-        "<_>",
-        "<a",
-        "a>",
-        "<<a>>",
+    ["", "<>", "teddy", "my-teddy", "<my teddy>", "<my\nteddy>", "<-a>", "<a->", "<_>", "<a", "a>", "<<a>>"]
+    + [
         "<a><b>",
         "<b>x</b>",
-        "<script>alert(1)</script>",
-        "<img src=x>",
         "</a>",
+        "<img src=x>",
         "<a:1.2>",
         "<(a)>",
         "<a,b>",
         "<a.b>",
         "<é>",
-        "<a>\x00",
-        "<aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa>",
+        "<a>\0",
+        f"<{'a' * 49}>",
     ],
 )
 def test_ordinary_words_and_markup_cannot_stand_for_a_concept(text: str) -> None:

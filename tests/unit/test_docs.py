@@ -31,7 +31,7 @@ class Output:
 
 @dataclass
 class Node:
-    """The texts of a node's schema. ``inputs``: locale key -> tooltip; the rows of a DynamicCombo lie below its id."""
+    """The texts of a node's schema. ``inputs``: id -> tooltip."""
 
     display_name: str
     description: str
@@ -48,24 +48,22 @@ def nodes() -> dict[str, Node]:
             if isinstance(definition, ast.ClassDef):
                 for call in _calls(definition):
                     if ast.unparse(call.func) in ("schema", "io.Schema"):
-                        found[_text(_keywords(call)["node_id"])] = _node(call, definition, module)
+                        found[_text(_keywords(call)["node_id"])] = _node(call, module)
     return found
 
 
-def _node(schema: ast.Call, definition: ast.ClassDef, module: ast.Module) -> Node:
+def _node(schema: ast.Call, module: ast.Module) -> Node:
     texts = _keywords(schema)
     node = Node(_text(texts["display_name"]), _text(texts["description"]))
     # Rows of inputs that are alike are made by a function of the module, called with their number.
     functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
-    named = {name.id for name in ast.walk(definition) if isinstance(name, ast.Name)}
+    called = {ast.unparse(call.func) for call in _calls(texts["inputs"])}
     for call in _of_kind(texts["inputs"], "Input"):
-        name = _text(call.args[0])
-        node.inputs[name] = _tooltip(call)
-        if isinstance(call.func, ast.Attribute) and "DynamicCombo" in ast.unparse(call.func):
-            rows = [row for f in functions.keys() & named for row in _of_kind(functions[f], "Input")]
-            for number in range(1, _constant(module, "MAX_ROWS") + 1):
-                for row in rows:
-                    node.inputs[f"{name}_{_text(row.args[0], number)}"] = _tooltip(row)
+        node.inputs[_text(call.args[0])] = _tooltip(call)
+    for function in functions.keys() & called:
+        rows = _of_kind(functions[function], "Input")
+        for number in range(1, _constant(module, "MAX_ROWS") + 1 if rows else 0):
+            node.inputs |= {_text(row.args[0], number): _tooltip(row) for row in rows}
     for call in _of_kind(texts["outputs"], "Output"):
         node.outputs.append(Output(_text(_keywords(call)["display_name"]), _tooltip(call)))
     return node
@@ -126,7 +124,7 @@ NODES = nodes()
 def test_nodes_are_found() -> None:
     assert len(NODES) >= 4
     assert all(name.startswith("Perfusion") for name in NODES)
-    assert "count_file_8" in NODES["PerfusionLoadConcepts"].inputs
+    assert "file_8" in NODES["PerfusionLoadConcepts"].inputs
 
 
 def test_locale_has_these_nodes_and_no_others() -> None:

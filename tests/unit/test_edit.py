@@ -8,7 +8,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -65,7 +65,7 @@ class World:
         self.weight = normal(INNER, width).to(dtype) / width**0.5
         self.gates = gates or [Gate(0.3 + 0.5 * j / concepts, 0.1 + 0.1 * j / concepts) for j in range(concepts)]
         self.forms: list[Form] = [form] * concepts
-        self.locks = locks
+        self.locks: Sequence[Lock] | None = locks
         self.dtype = dtype
         self._normal = normal
 
@@ -84,7 +84,7 @@ class World:
 
     def edit(self, order: list[int] | None = None) -> KeyValueEdit:
         order = list(range(len(self.i_star))) if order is None else order
-        locks = None if self.locks is None else [self.locks[j] for j in order]
+        locks: list[Lock] | None = None if self.locks is None else [self.locks[j] for j in order]
         return KeyValueEdit(self.directions(order), self.e_super[order], {LAYER: self.o_star[order]}, locks)
 
     def linear(self, x: Tensor) -> Tensor:
@@ -535,9 +535,10 @@ def test_checkpointed_layers_have_the_same_gradients(reentrant: bool) -> None:
 def shifted_world(*locks: Lock) -> tuple[World, KeyValueEdit, Tensor, Tensor]:
     world = World(len(locks), locks=list(locks))
     edit, context = world.edit(), world.context()
-    edit.key_lock.shift = torch.zeros_like(context)
-    edit.key_lock.shift[:, 10:20] = 1.5
-    return world, edit, context, context + edit.key_lock.shift
+    shift = torch.zeros_like(context)
+    shift[:, 10:20] = 1.5
+    edit.key_lock.shift = shift
+    return world, edit, context, context + shift
 
 
 def test_globally_locked_keys_read_the_shifted_context_and_values_do_not() -> None:

@@ -47,7 +47,7 @@ def test_stacks_add_up_in_order() -> None:
 def test_one_word_for_two_concepts_is_refused() -> None:
     for word in ("<it-1>", "<IT-1>"):
         with pytest.raises(StackError, match="share the word <it-1>"):
-            stack_of(2) + ConceptStack((ConceptUse(a_concept(word, 9)),))
+            _ = stack_of(2) + ConceptStack((ConceptUse(a_concept(word, 9)),))
 
 
 def test_too_many_concepts_are_refused() -> None:

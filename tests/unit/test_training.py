@@ -22,7 +22,7 @@ from tests.unit.fake_host import FakeHost
 
 BEAR = Subject("<bear>", "bear")
 TWO_ENCODERS = {"clip_l": 12, "clip_g": 6}
-STILL = {"value_rate": 0.0, "embedding_rate": 0.0}  # nothing moves: what is left is the gradient
+STILL: dict[str, Any] = {"value_rate": 0.0, "embedding_rate": 0.0}  # nothing moves: what is left is the gradient
 
 
 def settings(**changes: Any) -> TrainingConfig:

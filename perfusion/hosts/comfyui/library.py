@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -18,6 +19,8 @@ _STATISTICS = "statistics"
 
 def register() -> None:
     """Tell ComfyUI of the folders, after which its own combos, browser and API know them."""
+    with suppress(OSError):  # a place to put files; without it, output/perfusion remains
+        os.makedirs(os.path.join(folder_paths.models_dir, FOLDER), exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     folder_paths.add_model_folder_path(FOLDER, str(output_folder()))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]

@@ -25,6 +25,7 @@ from . import text as text_side
 from .apply import Applied, attach, detach
 from .structure import UnsupportedModelError, encoder_widths, family_of, projections
 
+_EVERYTHING = 1e20  # bytes
 _PROBES = ("a photo of a cat", "Two red chairs, by the sea; 1987!")
 
 
@@ -124,7 +125,10 @@ class ComfyHost:
                 # Gradients of target values are far below what float16 can hold.
                 brain_float = comfy.model_management.should_use_bf16(self.device)
                 self._model.set_model_compute_dtype(torch.bfloat16 if brain_float else torch.float32)
-            comfy.model_management.load_models_gpu([self._model, self._clip.patcher], force_full_load=True)
+            # Training needs room for activations: whatever else is loaded makes way.
+            comfy.model_management.load_models_gpu(
+                [self._model, self._clip.patcher], memory_required=_EVERYTHING, force_full_load=True
+            )
             for network in (self._model.model, self._clip.cond_stage_model):
                 _make_ordinary(network)
                 network.requires_grad_(False)
