@@ -63,7 +63,7 @@ def check_placeholder(placeholder: str) -> str:
     return word
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Concept:
     """What was learned. Tensors are float32 in memory with values that half precision holds, so that a concept fresh
     from training and the same one read back from its file are equal.

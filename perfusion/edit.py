@@ -18,6 +18,7 @@ context, in float32 with autocast off, and serve every layer.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,8 +52,8 @@ class Gate:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"a gate's temperature must be above 0, not {self.temperature}")
+        if not (self.temperature > 0 and all(map(math.isfinite, vars(self).values()))):
+            raise ValueError(f"a gate's temperature must be above 0, and all its numbers finite: {self}")
 
 
 def presence(context: Tensor, i_star: Tensor, d_star: Tensor) -> Tensor:

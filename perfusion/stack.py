@@ -18,7 +18,7 @@ class StackError(ValueError):
     """Concepts that cannot be used together; the message names them and says what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConceptUse:
     """A concept and how it is applied."""
 
@@ -40,7 +40,7 @@ class ConceptUse:
         return replace(self, lock=lock)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConceptStack:
     """Any number of concepts, none twice under one word: what travels between nodes.
 

@@ -8,6 +8,7 @@ training as at inference, loss weighted by the mask of the thing. The trainer kn
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
@@ -124,10 +125,12 @@ class Trainer:
                 encoded = text.context[text.word.to(text.context.device)].float()
                 gate += float(self._edit.directions.to(encoded.device).gates(encoded)[1].mean()) * share
                 mean += encoded.mean(0).cpu() * share
-        if not torch.isfinite(torch.tensor(loss)):
+        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in trained)
+        if not (math.isfinite(loss) and finite):
             raise TrainingError(
-                f"the loss of step {self.steps_done + 1} is not a finite number. Lower value_rate and embedding_rate, "
-                "or run the model in 32 bit."
+                f"the loss of step {self.steps_done + 1}, or its gradient, is not a finite number. Lower value_rate and "
+                "embedding_rate, or run the model in 32 bit."
             )
         self._optimizer.step()
         self.losses.append(loss)

@@ -86,11 +86,8 @@ def test_partial_loading_equals_full_loading(
             assert set(projections(lab)) <= set(offloaded)
         if with_lora and share == 0:
             assert all(module.weight_function for module in projections(lab)), "the LoRA was meant to be on the fly"
-    again, stock = lab.encode(clip, TEXT)[0][0], lab.encode(lab.with_lora(lab.model, lab.clip, lab.lora())[1], "a cat")
-    print("CLIP", with_lora, share, apart(again, texts[0][0][0]))
-    monkeypatch.undo()
-    lab.forget()
-    print("STOCK", apart(stock[0][0], lab.encode(lab.with_lora(lab.model, lab.clip, lab.lora())[1], "a cat")[0][0]))
+    if not with_lora:  # ComfyUI 0.33 itself loses a text encoder's LoRA when it loads in part after a full load
+        assert apart(lab.encode(clip, TEXT)[0][0], texts[0][0][0]) <= 1e-6
 
 
 def test_unloading_part_of_a_model_keeps_the_edit(lab: Lab, teddy: Any) -> None:

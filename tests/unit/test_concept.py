@@ -145,8 +145,9 @@ def test_digest_is_of_all_that_changes_pictures_and_nothing_else() -> None:
         a_concept(super_category="cat"),
         a_concept(form="preserving"),
         replace(concept, e_super=concept.i_star),
+        replace(concept, family=replace(SMALL, name="other")),
     ]
-    assert len({concept.digest, *(other.digest for other in others)}) == 6
+    assert len({concept.digest, *(other.digest for other in others)}) == 7
     for same_pictures in (a_concept(created="2001"), a_concept(training={}), concept.with_thumbnail("data:,x")):
         assert same_pictures.digest == concept.digest
 
@@ -247,19 +248,7 @@ def test_whatever_is_accepted_is_one_made_up_word(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "<>", "teddy", "my-teddy", "<my teddy>", "<my\nteddy>", "<-a>", "<a->", "<_>", "<a", "a>", "<<a>>"]
-    + [
-        "<a><b>",
-        "<b>x</b>",
-        "</a>",
-        "<img src=x>",
-        "<a:1.2>",
-        "<(a)>",
-        "<a,b>",
-        "<a.b>",
-        "<é>",
-        "<a>\0",
-        f"<{'a' * 49}>",
-    ],
+    + ["<a><b>", "<b>x</b>", "<img src=x>", "<a:1.2>", "<(a)>", "<a,b>", "<a.b>", "<é>", "<a>\0", f"<{'a' * 49}>"],
 )
 def test_ordinary_words_and_markup_cannot_stand_for_a_concept(text: str) -> None:
     with pytest.raises(PlaceholderError, match="one made-up word in angle brackets"):
@@ -479,12 +468,18 @@ FAMILY: dict[str, Any] = json.loads(SMALL.to_json())
         {**FAMILY, "transformers": {"middle_block.1": [0, 5]}},
         {**FAMILY, "transformers": {"a" * 999 + ".1": [1, 5]}},
         {**FAMILY, "transformers": {f"input_blocks.{a}.{b}": [64, 16_384] for a in range(90) for b in range(90)}},
-        {**FAMILY, "transformers": {f"input_blocks.{a}.1": [64, 16_384] for a in range(90)}},
     ],
 )
 def test_absurd_families_are_refused_at_once(tmp_path: Path, family: Any) -> None:
     path = changed(tmp_path / "it.safetensors", lambda t, m: m.update({"perfusion.family": json.dumps(family)}))
-    refused(path)
+    assert "metadata is damaged" in refused(path)
+
+
+def test_a_family_as_large_as_possible_is_refused_unallocated(tmp_path: Path) -> None:
+    """94 million values by its own account."""
+    family = {**FAMILY, "transformers": {f"input_blocks.{n}.1": [64, 16_384] for n in range(90)}}
+    path = changed(tmp_path / "it.safetensors", lambda t, m: m.update({"perfusion.family": json.dumps(family)}))
+    assert "o_star_v has shape (11,), its family asks for (94371840,)" in refused(path)
 
 
 def test_a_family_without_end_is_refused(tmp_path: Path) -> None:

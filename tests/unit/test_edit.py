@@ -482,10 +482,11 @@ def test_gradients_reach_target_values_and_context_only() -> None:
     context = world.context().requires_grad_()
     edit = KeyValueEdit(world.directions(), world.e_super, values)
     edit.project(LAYER, "v", context, world.linear).square().sum().backward()
-    assert values[LAYER].grad is not None
     opened = world.directions().coefficients(context.detach())[1].double()
     projected = world.project(context.detach())
-    assert relative(values[LAYER].grad, 2 * einsum(opened, projected, "b m j, b m i -> j i")) < 1e-5
+    gradient = values[LAYER].grad
+    assert gradient is not None
+    assert relative(gradient, 2 * einsum(opened, projected, "b m j, b m i -> j i")) < 1e-5
 
     def by_definition(e: Tensor) -> Tensor:
         return appendix(world, e).square().sum()

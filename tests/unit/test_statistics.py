@@ -73,6 +73,8 @@ def test_a_weight_is_a_repetition() -> None:
     e = correlated(5)
     repeated = moment_of(e.repeat_interleave(torch.tensor([1, 2, 3, 1, 0]), dim=0))
     assert torch.allclose(moment_of(e, torch.tensor([1.0, 2, 3, 1, 0])).matrix, repeated.matrix)
+    weights = torch.linspace(0.1, 2, 5, dtype=torch.float64)
+    assert moment_of(e, 3 * weights).shrinkage() == pytest.approx(moment_of(e, weights).shrinkage())
 
 
 def test_half_precision_is_summed_in_double() -> None:

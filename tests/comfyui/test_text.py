@@ -1,0 +1,292 @@
+"""Words in prompts: what a CLIP with concepts makes of them, on the miniature text encoder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.concepts import CAT, TEDDY, Lab
+from tests.hosts import ComfyHost
+from tests.models import EMBEDDING_VECTORS, MINIATURE_CONTEXT_DIM, Weights, miniature_parts
+
+pytestmark = pytest.mark.comfyui
+
+
+@pytest.fixture(scope="module")
+def lab(comfy_host: ComfyHost) -> Lab:
+    return Lab(comfy_host, miniature_parts())
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(lab: Lab) -> Iterator[None]:
+    yield
+    lab.forget()
+    lab.assert_untouched()
+
+
+@pytest.fixture(scope="module")
+def teddy(lab: Lab) -> Any:
+    return lab.concept(vectors=1)
+
+
+@pytest.fixture(scope="module")
+def cat(lab: Lab) -> Any:
+    return lab.concept(CAT, "cat", seed=1, vectors=3)
+
+
+@pytest.fixture(scope="module")
+def clip(lab: Lab, teddy: Any, cat: Any) -> Any:
+    return lab.applied(teddy, cat)[1]
+
+
+def words(clip: Any, text: str, key: str = "l") -> list[list[Any]]:
+    """Tokens of each chunk: ids, or (placeholder, place) where a concept's row stands."""
+    return [
+        [getattr(token, "perfusion_word", token) for token, *_ in chunk] for chunk in clip.tokenize(text)[key]
+    ]
+
+
+def ids(clip: Any, text: str) -> list[int]:
+    """Ids of a text, without start, end and padding."""
+    (tokens,) = words(clip, text)
+    return tokens[1 : tokens.index(49407)]
+
+
+T, C = [(TEDDY, 0)], [(CAT, 0), (CAT, 1), (CAT, 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (TEDDY, [T]),
+        (f"{TEDDY} on the moon", [T, "on the moon"]),
+        (f"a photo of a {TEDDY} on the moon", ["a photo of a", T, "on the moon"]),
+        (f"a photo of a {TEDDY}", ["a photo of a", T]),
+        (f"a {TEDDY} and a {TEDDY}", ["a", T, "and a", T]),
+        ("A <MY-TEDDY> here, a <My-Teddy> there", ["a", T, "here, a", T, "there"]),
+        (f"my{TEDDY}'s hat,{TEDDY}.", ["my", T, "'s hat,", T, "."]),
+        (f"{TEDDY}{TEDDY}", [T, T]),
+        (f"a {CAT} beside a {TEDDY}", ["a", C, "beside a", T]),
+        (f"a {CAT}", ["a", C]),
+        ("<my-teddy-2> <my-tedd> <my teddy>", ["<my-teddy-2> <my-tedd> <my teddy>"]),
+        (f"line one\n{TEDDY}\nline two", ["line one", T, "line two"]),
+        (f"\\(not a weight {TEDDY}\\)", ["(not a weight", T, ")"]),
+    ],
+)
+def test_word_at_any_place(lab: Lab, clip: Any, text: str, parts: list[Any]) -> None:
+    expected: list[Any] = []
+    for part in parts:
+        expected += ids(lab.clip, part) if isinstance(part, str) else part
+    assert ids(clip, text) == expected
+
+
+def test_rows_are_the_concepts(clip: Any, teddy: Any, cat: Any) -> None:
+    rows = [token for token, _ in clip.tokenize(f"a {CAT} and a {TEDDY}")["l"][0] if isinstance(token, torch.Tensor)]
+    assert torch.equal(torch.stack(rows), torch.cat([cat.embeddings["clip_l"], teddy.embeddings["clip_l"]]))
+
+
+def test_prompt_weights(lab: Lab, clip: Any) -> None:
+    tokens = clip.tokenize(f"a ({TEDDY}:1.3) and (a [{CAT}]:0.5)")["l"][0]
+    weights = {getattr(token, "perfusion_word", (None,))[0]: weight for token, weight in tokens}
+    assert weights[TEDDY] == pytest.approx(1.3)
+    assert weights[CAT] == pytest.approx(0.5)
+    plain, loud = lab.encode(clip, f"a {TEDDY}")[0][0], lab.encode(clip, f"a ({TEDDY}:1.3)")[0][0]
+    empty = lab.encode(lab.clip, "")[0][0]
+    assert torch.allclose(loud[:, 2], empty[:, 2] + 1.3 * (plain[:, 2] - empty[:, 2]), atol=1e-5)
+    assert torch.allclose(loud[:, 1], plain[:, 1], atol=1e-5)
+
+
+def test_beyond_the_first_chunk(lab: Lab, clip: Any) -> None:
+    long = "an old house by the sea and a boat, " * 9
+    first, second = words(clip, f"{long} {TEDDY} {CAT}")
+    assert (TEDDY, 0) not in first
+    assert [token for token in second if isinstance(token, tuple)] == [*T, *C]
+    context = lab.encode(clip, f"{long} {TEDDY}")[0][0]
+    assert context.shape[1] == 154
+    assert not torch.equal(context[:, 77:], lab.encode(lab.clip, f"{long} teddy")[0][0][:, 77:])
+
+
+@pytest.mark.parametrize("lock", ["local", "global"])
+@pytest.mark.parametrize("before", [70, 71, 72, 73, 74, 75, 76])
+def test_around_the_chunk_border(lab: Lab, teddy: Any, cat: Any, lock: str, before: int) -> None:
+    """A word of several vectors, or a super-category of several tokens, where a chunk ends."""
+    _, clip = lab.applied(teddy, cat, lock=lock)
+    for word, count in ((TEDDY, 1), (CAT, 3)):
+        text = "a " * before + word
+        found = [token for chunk in words(clip, text) for token in chunk if isinstance(token, tuple)]
+        assert found == [(word, k) for k in range(count)]
+        (context, extra), *_ = lab.encode(clip, text)
+        assert torch.isfinite(context).all()
+        if lock == "global":
+            shift = extra["model_conds"]["perfusion_key_shift"].cond
+            assert shift.shape == context.shape
+            assert torch.isfinite(shift).all()
+
+
+@pytest.mark.parametrize("text", ["", "a photo of a teddy bear", "(a cat:1.4) and my-teddy", "a house, " * 60])
+@pytest.mark.parametrize("lock", ["local", "global"])
+def test_texts_without_words_encode_as_ever(lab: Lab, teddy: Any, cat: Any, text: str, lock: str) -> None:
+    _, clip = lab.applied(teddy, cat, lock=lock)
+    assert words(clip, text) == words(lab.clip, text)
+    (ours, extra), *_ = lab.encode(clip, text)
+    (stock, stock_extra), *_ = lab.encode(lab.clip, text)
+    assert torch.equal(ours, stock)
+    assert torch.equal(extra["pooled_output"], stock_extra["pooled_output"])
+    if lock == "global":
+        assert not extra["model_conds"]["perfusion_key_shift"].cond.any()
+
+
+def test_stock_clip_is_not_taught(lab: Lab, clip: Any) -> None:
+    lab.encode(clip, TEDDY)
+    assert all(isinstance(token, int) for token in words(lab.clip, f"a {TEDDY}")[0])
+    assert len(ids(lab.clip, TEDDY)) > 1
+
+
+def test_words_survive_other_clip_nodes(lab: Lab, clip: Any, teddy: Any, cat: Any) -> None:
+    text, nodes = f"a {CAT} and a {TEDDY}", lab.host.nodes
+    expected = words(clip, text)
+    _, with_lora = lab.with_lora(lab.model, clip, lab.lora())
+    assert words(with_lora, text) == expected
+    skipped = nodes["CLIPSetLastLayer"]().set_last_layer(clip, -2)[0]
+    assert words(skipped, text) == expected
+    plain, other, lora = (lab.encode(c, text)[0][0] for c in (clip, skipped, with_lora))
+    assert not torch.equal(plain, other)
+    assert not torch.equal(plain, lora)
+    _, late = lab.apply(lab.model, nodes["CLIPSetLastLayer"]().set_last_layer(lab.clip, -2)[0], teddy, cat)
+    assert torch.equal(lab.encode(late, text)[0][0], other)
+    # Under global lock the twin goes through the same layer.
+    _, local_then_global = lab.applied(cat, lock="global")
+    deep = nodes["CLIPSetLastLayer"]().set_last_layer(local_then_global, -2)[0]
+    (context, extra), *_ = lab.encode(deep, f"a {CAT}")
+    shift = extra["model_conds"]["perfusion_key_shift"].cond
+    stock = lab.encode(nodes["CLIPSetLastLayer"]().set_last_layer(lab.clip, -2)[0], "a cat")[0][0]
+    assert torch.allclose((context + shift)[:, :2], stock[:, :2], atol=1e-5)
+
+
+def test_next_to_embedding_words(lab: Lab, clip: Any, tmp_path: Any) -> None:
+    weights = Weights(3, torch.float32)
+    weights.draw("emb_params", EMBEDDING_VECTORS, MINIATURE_CONTEXT_DIM, std=0.02)
+    weights.save(tmp_path / "moody.safetensors")
+    clip = clip.clone()
+    tokenizer = clip.tokenizer.clip_l
+    before, tokenizer.embedding_directory = tokenizer.embedding_directory, [str(tmp_path)]
+    try:
+        for text in (f"a {TEDDY} embedding:moody {CAT} here", f"embedding:moody {TEDDY}, {CAT}"):
+            tokens = [token for token, _ in clip.tokenize(text)["l"][0] if isinstance(token, torch.Tensor)]
+            marks = [getattr(token, "perfusion_word", None) for token in tokens]
+            assert marks.count(None) == EMBEDDING_VECTORS
+            assert [mark for mark in marks if mark] == [*T, *C]
+            assert torch.isfinite(lab.encode(clip, text)[0][0]).all()
+    finally:
+        tokenizer.embedding_directory = before
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+@pytest.mark.parametrize("super_category", ["cat", "teddy bear", "small red toy house"])
+def test_shift_leads_to_the_twin(lab: Lab, vectors: int, super_category: str) -> None:
+    """Context + shift: every token reads the encoding of the prompt with the super-category, words aligned at ends."""
+    _, clip = lab.applied(lab.concept("<it>", super_category, vectors=vectors, seed=4), lock="global")
+    (context, extra), *_ = lab.encode(clip, "a photo of a <it> on the moon")
+    there = context + extra["model_conds"]["perfusion_key_shift"].cond
+    stock = lab.encode(lab.clip, f"a photo of a {super_category} on the moon")[0][0]
+    count = len(ids(lab.clip, super_category))
+    ends_here, ends_there = 5 + vectors, 5 + count
+    assert torch.allclose(there[:, :5], stock[:, :5], atol=1e-5)
+    assert torch.allclose(there[:, ends_here - 1 : ends_here + 20], stock[:, ends_there - 1 : ends_there + 20], atol=1e-5)
+
+
+def test_warning_for_prompts_without_the_word(lab: Lab, teddy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model, clip = lab.applied(teddy)
+        lab.draw(model, clip)
+        assert "No prompt contains" not in caplog.text, "the word is there"
+        model, clip = lab.applied(teddy)
+        lab.draw(model, clip, "a photo of a teddy bear")
+        lab.draw(model, clip, "a photo of a teddy bear")
+    assert caplog.text.count(f"No prompt contains {TEDDY}") == 1
+
+
+def test_own_encoding_is_the_hosts(lab: Lab) -> None:
+    text = lab.host.module("perfusion.hosts.comfyui.text")
+    prompts = ["a photo of a cat", "two (red) chairs, by the sea", ""]
+    with torch.inference_mode():
+        encoded = text.encode(lab.clip, prompts)
+        for prompt, context in zip(prompts, encoded.context, strict=True):
+            escaped = prompt.replace("(", "\\(").replace(")", "\\)")
+            stock = lab.clip.encode_from_tokens(lab.clip.tokenize(escaped))[0]
+            assert torch.allclose(context, stock, atol=1e-6)
+    assert encoded.padding.sum(1).tolist() == [77 - 2 - len(ids(lab.clip, p.replace("(", "\\("))) for p in prompts]
+
+
+# --- two encoders ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdxl(lab: Lab) -> Any:
+    """A CLIP as SDXL has it, 32 and 48 wide."""
+    import comfy.sd
+    import comfy.sdxl_clip
+    import comfy.supported_models_base
+
+    def config(width: int) -> dict[str, int]:
+        return {
+            "hidden_size": width,
+            "intermediate_size": width * 2,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 3,
+        }
+
+    torch.manual_seed(0)
+    clip = comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
+        model_options={"clip_l_model_config": config(32), "clip_g_model_config": config(48), "dtype": torch.float32},
+    )
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in clip.cond_stage_model.named_parameters():
+        scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        parameter.data = scale + 0.05 * torch.randn(parameter.shape, generator=generator)
+    return clip
+
+
+def test_two_encoders_are_taught_side_by_side(lab: Lab, sdxl: Any) -> None:
+    text, word = lab.host.module("perfusion.hosts.comfyui.text"), lab.host.module("perfusion.hosts.base").Word
+    structure = lab.host.module("perfusion.hosts.comfyui.structure")
+    assert structure.encoder_widths(sdxl) == {"clip_l": 32, "clip_g": 48}
+    with torch.inference_mode():
+        encoded = text.encode(sdxl, ["a photo of a cat", "a lake"], pooled=True)
+        for prompt, context, pooled in zip(["a photo of a cat", "a lake"], encoded.context, encoded.pooled, strict=True):
+            stock, stock_pooled = sdxl.encode_from_tokens(sdxl.tokenize(prompt), return_pooled=True)
+            assert torch.allclose(context, stock[0], atol=1e-5)
+            assert torch.allclose(pooled, stock_pooled[0], atol=1e-5)
+        assert encoded.context.shape == (2, 77, 80)
+        rows = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 48)}
+        taught = text.encode(sdxl, [f"a photo of a {TEDDY}"], word(TEDDY, "teddy bear", rows))
+        assert taught.word[0].nonzero().flatten().tolist() == [5, 6]
+        for part in (slice(0, 32), slice(32, 80)):
+            change = (taught.context[0, :, part] - encoded.context[0, :, part]).abs().amax(-1)
+            assert change[:5].max() < 1e-5 < change[5:].min()
+        own = text.taught(sdxl, {TEDDY: {name: list(values) for name, values in rows.items()}})
+        for key, name in (("l", "clip_l"), ("g", "clip_g")):
+            tokens = [token for token, _ in own.tokenize_with_weights(f"a {TEDDY}")[key][0]]
+            assert torch.equal(torch.stack([t for t in tokens if isinstance(t, torch.Tensor)]), rows[name])
+
+
+def test_two_encoders_share_one_twin(lab: Lab, sdxl: Any) -> None:
+    """Global lock: super-categories stand in both halves of the context."""
+    text = lab.host.module("perfusion.hosts.comfyui.text")
+    rows = {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 48)}
+    stand_ins = {name: [text.marked(row.clone(), TEDDY, 0) for row in rows[name]] for name in rows}
+    tokens = text.taught(sdxl, {TEDDY: stand_ins}).tokenize_with_weights(f"a {TEDDY} sits")
+    replacements = {key: {TEDDY: text.ids_of(sdxl, f"clip_{key}", "teddy bear")} for key in ("l", "g")}
+    with torch.inference_mode():
+        encode = functools.partial(sdxl.encode_from_tokens, return_pooled=False)
+        context = encode(tokens)
+        there = context + text._shift(context, tokens, replacements, encode)
+        stock = encode(sdxl.tokenize("a teddy bear sits"))
+    assert torch.allclose(there[:, :2], stock[:, :2], atol=1e-5)
+    assert torch.allclose(there[:, 2:20], stock[:, 3:21], atol=1e-5)
