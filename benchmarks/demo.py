@@ -25,7 +25,7 @@ from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
 from perfusion.training.dataset import prepare
-from perfusion.training.trainer import Subject, train
+from perfusion.training.trainer import StepReport, Subject, Trainer, train
 
 from .small_model import SmallHost
 
@@ -57,9 +57,11 @@ def main() -> None:
         config = TrainingConfig(steps=options.steps, batch_size=8, micro_batch=0, resolution=SIZE, contexts=64)
         photos = prepare(host, [image for image, _ in drawn], [mask for _, mask in drawn], SIZE)
         with tqdm(total=options.steps, desc=placeholder, unit="step") as bar:
-            concept, _ = train(
-                host, photos, Subject(placeholder, category), statistics, config, [lambda _, __, bar=bar: bar.update()]
-            )
+
+            def show(trainer: Trainer, report: StepReport, bar: tqdm = bar) -> None:
+                bar.update()
+
+            concept, _ = train(host, photos, Subject(placeholder, category), statistics, config, [show])
         before, after = concept.training["fixed_loss"]
         files.append(concept.save_numbered(options.output, placeholder.strip("<>")))
         print(

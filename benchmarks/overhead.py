@@ -74,7 +74,8 @@ def measure(pack: Any, full: bool, rounds: int, steps: int) -> dict[str, Any]:
         for name in order:
             now = timed(lambda name=name: sample(variants[name]))
             after = timed(lambda: sample(variants["base"]))
-            ratios[name].append(tuple(2 * n / (b + a) for n, b, a in zip(now, before, after, strict=True)))
+            wall, cpu = (2 * n / (b + a) for n, b, a in zip(now, before, after, strict=True))
+            ratios[name].append((wall, cpu))
             base_seconds.append(after[0])
             before = after
         say(f"round {number + 1} of {rounds}: {base_seconds[-1]:.2f} s a run")

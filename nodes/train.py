@@ -161,7 +161,7 @@ class PerfusionTrainConcept(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, corpus: Any = None, **_: Any) -> str:
         """Changes when the caption file does; photos, masks and settings are the host's to watch."""
-        name = corpus[0] if isinstance(corpus, (list, tuple)) and corpus else corpus
+        name: Any = corpus[0] if isinstance(corpus, (list, tuple)) and corpus else corpus
         return "" if name in (None, OWN_CAPTIONS) else library.corpus_stamp(name)
 
     @classmethod

@@ -1,7 +1,7 @@
 """Concepts without training, and shortcuts to put them on models of a ComfyUI that runs in this process.
 
-They are random but sensible: i* is the encoding of the placeholder's own random embedding by the model's own CLIP, d* its
-dual in the second moment of a few captions, e_super encodes the super-category, and o*_V has the scale of
+They are random but sensible: i* is the encoding of the placeholder's own random embedding by the model's own CLIP, d*
+its dual in the second moment of a few captions, e_super encodes the super-category, and o*_V has the scale of
 ``W_V e_super``.
 """
 

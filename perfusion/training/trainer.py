@@ -129,7 +129,7 @@ class Trainer:
         finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in trained)
         if not (math.isfinite(loss) and finite):
             raise TrainingError(
-                f"the loss of step {self.steps_done + 1}, or its gradient, is not a finite number. Lower value_rate and "
+                f"the loss of step {self.steps_done + 1} or its gradient is not a finite number. Lower value_rate and "
                 "embedding_rate, or run the model in 32 bit."
             )
         self._optimizer.step()

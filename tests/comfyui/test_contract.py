@@ -187,14 +187,14 @@ def test_lora_hooks(lab: Lab, teddy: Any, lock: str) -> None:
 
     lora = lab.lora(text_encoder=False)
     model, clip = lab.applied(teddy, lock=lock)
-    hooks, _ = comfy.hooks.create_hook_lora(dict(lora), 1.0, 0.0), None
-    merged = lab.sample(
-        lab.with_lora(model, None, lora)[0], lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, ""), cfg=1.0
-    )
-    clip = clip.clone()
-    model, clip = model.clone(), clip
-    positive = comfy.hooks.set_hooks_for_conditioning(lab.encode(clip, f"a photo of a {TEDDY}"), hooks)
-    assert close(lab.sample(model, positive, lab.encode(clip, ""), cfg=1.0), merged, 1e-5)
+    hooks = comfy.hooks.create_hook_lora(dict(lora), 1.0, 0.0)
+    word, empty = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "")
+    merged = lab.sample(lab.with_lora(model, None, lora)[0], word, empty, cfg=1.0)
+    plain = lab.sample(model, word, empty, cfg=1.0)
+    hooked = comfy.hooks.set_hooks_for_conditioning(word, hooks)
+    assert apart(lab.sample(model, hooked, empty, cfg=1.0), merged) <= 1e-5
+    assert different(plain, merged)
+    assert torch.equal(lab.sample(model, word, empty, cfg=1.0), plain)
 
 
 # --- clones ----------------------------------------------------------------------------------------------------------
@@ -398,23 +398,24 @@ def test_a_load_that_fails_does_not_leave_the_model_patched(
     [(f"a photo of a {TEDDY}", LONG), (f"a {TEDDY}. {LONG}", "blurry"), (f"{LONG} a {TEDDY}", LONG + LONG)],
     ids=["77 and 154", "154 and 77", "154 and 308"],
 )
-def test_batched_guidance_equals_one_by_one(lab: Lab, teddy: Any, lock: str, positive: str, negative: str) -> None:
+def test_batched_guidance_equals_one_by_one(
+    lab: Lab, teddy: Any, monkeypatch: pytest.MonkeyPatch, lock: str, positive: str, negative: str
+) -> None:
     model, clip = lab.applied(teddy, lock=lock)
     texts = lab.encode(clip, positive), lab.encode(clip, negative)
     assert texts[0][0][0].shape[1] != texts[1][0][0].shape[1]
     with recorded(model) as (watched, seen):
         batched = lab.sample(watched, *texts)
     assert {len(call.cond_or_uncond) for call in seen[LAYERS[0]]} == {2}, "they were meant to be batched"
-    alone = model.clone()
-    alone.memory_required = lambda shape: 0  # type: ignore[method-assign]
-    lone_base = alone.model.memory_required
-    try:
-        alone.model.memory_required = lambda shape, cond_shapes=None: 0.0 if shape[0] == 1 else 1e30
-        with recorded(alone) as (watched, seen):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            lab.model.model,
+            "memory_required",
+            lambda shape, cond_shapes=None: 0.0 if shape[0] == 1 else 1e30,
+            raising=False,
+        )
+        with recorded(model) as (watched, seen):
             one_by_one = lab.sample(watched, *texts)
-    finally:
-        alone.model.memory_required = lone_base
-        del alone.model.memory_required
     assert {len(call.cond_or_uncond) for call in seen[LAYERS[0]]} == {1}, "they were meant to be separate"
     assert apart(batched, one_by_one) <= 1e-5
 

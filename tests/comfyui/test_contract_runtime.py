@@ -3,7 +3,6 @@ other people's wrappers over the same forwards."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,7 +100,6 @@ def test_unloading_part_of_a_model_keeps_the_edit(lab: Lab, teddy: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_network(lab: Lab, teddy: Any, cat: Any, dtype: torch.dtype) -> None:
     """Weights in half precision, computed in it or cast: the same picture as far as that precision goes."""
-    import comfy.ops
 
     model, clip = lab.applied(teddy, cat)
     texts = lab.encode(clip, f"{TEXT} and a {CAT}"), lab.encode(clip, "blurry")
@@ -168,9 +166,7 @@ def compiled(lab: Lab, model: Any, backend: str = "eager", **settings: Any) -> A
 
 @pytest.mark.parametrize("lock", LOCKS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_network_equals_eager(
-    lab: Lab, teddy: Any, cat: Any, compiler: None, lock: str, backend: str
-) -> None:
+def test_compiled_network_equals_eager(lab: Lab, teddy: Any, cat: Any, compiler: None, lock: str, backend: str) -> None:
     """The whole network as one graph: a break, by whomever, would raise."""
     model, clip = lab.applied(teddy, cat, lock=lock)
     fast = compiled(lab, model, backend, fullgraph=True)

@@ -159,18 +159,16 @@ def test_a_change_trains_again(server: ComfyServer, change: str) -> None:
     prompt = {name: node for name, node in prompt.items() if name not in ("loss",)}
     server.queue(prompt)
     assert "train" not in executed(server.queue(prompt))
+    path = server.base / "input" / ("teddy_mask_2.jpg" if change == "mask" else "teddy_2.jpg")
+    before = path.read_bytes()
     if change == "setting":
         prompt["train"]["inputs"]["seed"] = 7
     else:
-        path = server.base / "input" / ("teddy_2.jpg" if change == "photo" else "teddy_mask_2.jpg")
-        before = path.read_bytes()
-        picture = Image.open(path)
-        picture.rotate(180).save(path)
+        Image.open(path).rotate(180).save(path)
     try:
         assert "train" in executed(server.queue(prompt))
     finally:
-        if change != "setting":
-            path.write_bytes(before)
+        path.write_bytes(before)
 
 
 def test_a_missing_file_is_refused_when_queueing(server: ComfyServer) -> None:

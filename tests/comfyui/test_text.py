@@ -46,9 +46,7 @@ def clip(lab: Lab, teddy: Any, cat: Any) -> Any:
 
 def words(clip: Any, text: str, key: str = "l") -> list[list[Any]]:
     """Tokens of each chunk: ids, or (placeholder, place) where a concept's row stands."""
-    return [
-        [getattr(token, "perfusion_word", token) for token, *_ in chunk] for chunk in clip.tokenize(text)[key]
-    ]
+    return [[getattr(token, "perfusion_word", token) for token, *_ in chunk] for chunk in clip.tokenize(text)[key]]
 
 
 def ids(clip: Any, text: str) -> list[int]:
@@ -197,7 +195,9 @@ def test_shift_leads_to_the_twin(lab: Lab, vectors: int, super_category: str) ->
     count = len(ids(lab.clip, super_category))
     ends_here, ends_there = 5 + vectors, 5 + count
     assert torch.allclose(there[:, :5], stock[:, :5], atol=1e-5)
-    assert torch.allclose(there[:, ends_here - 1 : ends_here + 20], stock[:, ends_there - 1 : ends_there + 20], atol=1e-5)
+    assert torch.allclose(
+        there[:, ends_here - 1 : ends_here + 20], stock[:, ends_there - 1 : ends_there + 20], atol=1e-5
+    )
 
 
 def test_warning_for_prompts_without_the_word(lab: Lab, teddy: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -259,7 +259,9 @@ def test_two_encoders_are_taught_side_by_side(lab: Lab, sdxl: Any) -> None:
     assert structure.encoder_widths(sdxl) == {"clip_l": 32, "clip_g": 48}
     with torch.inference_mode():
         encoded = text.encode(sdxl, ["a photo of a cat", "a lake"], pooled=True)
-        for prompt, context, pooled in zip(["a photo of a cat", "a lake"], encoded.context, encoded.pooled, strict=True):
+        for prompt, context, pooled in zip(
+            ["a photo of a cat", "a lake"], encoded.context, encoded.pooled, strict=True
+        ):
             stock, stock_pooled = sdxl.encode_from_tokens(sdxl.tokenize(prompt), return_pooled=True)
             assert torch.allclose(context, stock[0], atol=1e-5)
             assert torch.allclose(pooled, stock_pooled[0], atol=1e-5)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 
 from ...family import Family, name_of
 
@@ -17,7 +16,7 @@ class UnsupportedModelError(ValueError):
     """A model without the cross-attention that concepts edit; the message says which models have it."""
 
 
-def projections(diffusion_model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Module]]:
+def projections(diffusion_model: Any) -> Iterator[tuple[str, Any, Any]]:
     """Each cross-attention layer in the network's order: its name, ``to_k`` and ``to_v``."""
     for name, module in diffusion_model.named_modules():
         # A compiled network keeps the original below this name.

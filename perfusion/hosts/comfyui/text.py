@@ -310,7 +310,7 @@ def _shift(
 
 def _replacement(entry: tuple[Any, ...], replacements: Mapping[str, list[int]]) -> list[tuple[Any, ...]] | None:
     """What stands in the twin for a token (id or row, weight, ...): None for itself."""
-    placeholder, place = getattr(entry[0], "perfusion_word", (None, 0))
+    placeholder, place = getattr(entry[0], "perfusion_word", ("", 0))
     if placeholder not in replacements:
         return None
     return [] if place else [(token, *entry[1:]) for token in replacements[placeholder]]

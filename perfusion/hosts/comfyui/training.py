@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from . import text as text_side
 from .apply import Applied, attach, detach
 from .structure import UnsupportedModelError, encoder_widths, family_of, projections
 
-_EVERYTHING = 1e20  # bytes
+_EVERYTHING = 10**20  # bytes
 _PROBES = ("a photo of a cat", "Two red chairs, by the sea; 1987!")
 
 
@@ -39,6 +39,7 @@ class ComfyHost:
         self._model = _static_clone(model, model)
         self._clip = _static_clone(clip, clip.patcher)
         self._vae = vae
+        self._fingerprint = ""
         detach(self._model)
         self.family: Family = family_of(model, clip)
         self._live = Applied(ConceptStack())
@@ -62,13 +63,15 @@ class ComfyHost:
             "use a Stable Diffusion 1.x, 2.x or SDXL checkpoint"
         )
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Digest of what the encoders make of two probe texts: weights, patches, layer and norm all show in it."""
-        with torch.no_grad():
-            context = text_side.encode(self._clip, _PROBES).context
-        digits = (context.detach().float().cpu() * 1000).round().to(torch.int32)
-        return sha256(digits.contiguous().numpy().tobytes()).hexdigest()
+        if not self._fingerprint:
+            with torch.no_grad():
+                context = text_side.encode(self._clip, _PROBES).context
+            digits = (context.detach().float().cpu() * 1000).round().to(torch.int32)
+            self._fingerprint = sha256(digits.contiguous().numpy().tobytes()).hexdigest()
+        return self._fingerprint
 
     def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
         """See ``TextHost.encode``."""
