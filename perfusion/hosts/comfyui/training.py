@@ -143,6 +143,7 @@ class ComfyHost:
                 yield
             finally:
                 self._live.edit = None
+                self._model.eject_model()
 
     @property
     def _wants_pooled(self) -> bool:

@@ -1,0 +1,145 @@
+"""Training inside ComfyUI: the same numbers however it is computed, and models left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hosts import ComfyHost
+from tests.models import Parts, miniature_parts
+
+pytestmark = pytest.mark.comfyui
+
+
+class Training:
+    """The pack's training on the miniature, with few and small steps."""
+
+    def __init__(self, pack: ComfyHost, parts: Parts):
+        self.pack = pack
+        self.parts = parts
+        self.host = pack.module("perfusion.hosts.comfyui.training").ComfyHost(parts.model, parts.clip, parts.vae)
+        captions = pack.module("perfusion.corpus").load_captions(None, 200)
+        self.statistics = pack.module("perfusion.statistics").measure(self.host, captions)
+
+    def run(self, callback: Callable[..., None] | None = None, **settings: Any) -> Any:
+        config = self.pack.module("perfusion.training.config").TrainingConfig
+        trainer = self.pack.module("perfusion.training.trainer")
+        generator = torch.Generator().manual_seed(3)
+        images = [torch.rand(64, 64, 3, generator=generator) for _ in range(3)]
+        photos = self.pack.module("perfusion.training.dataset").prepare(self.host, images, None, 64)
+        settings = {"steps": 4, "batch_size": 2, "micro_batch": 0, "resolution": 64, "contexts": 8} | settings
+        subject = trainer.Subject("<my-teddy>", "teddy bear")
+        callbacks = [callback] if callback else []
+        concept, _ = trainer.train(self.host, photos, subject, self.statistics, config(**settings), callbacks)
+        return concept
+
+
+@pytest.fixture
+def training(comfy_host: ComfyHost) -> Training:
+    with torch.inference_mode():
+        return Training(comfy_host, miniature_parts())
+
+
+def predict(parts: Parts) -> torch.Tensor:
+    """What the stock model makes of a fixed input, loaded as the host loads it for sampling."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([parts.model])
+    generator = torch.Generator().manual_seed(5)
+    x, context = (
+        torch.randn(1, 4, 8, 8, generator=generator),
+        parts.clip.encode_from_tokens(parts.clip.tokenize("a cat")),
+    )
+    return parts.model.model.apply_model(x, torch.ones(1), c_crossattn=context, transformer_options={})
+
+
+def left_alone(parts: Parts) -> bool:
+    """No module of the model or the text encoder carries a forward of its own."""
+    networks = (parts.model.model, parts.clip.cond_stage_model)
+    return not any("forward" in vars(module) for network in networks for module in network.modules())
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["inference_mode", "plain"])
+def test_the_loss_on_fixed_noise_falls_and_the_model_is_left_alone(training: Training, mode: bool) -> None:
+    with torch.inference_mode(mode):
+        before = predict(training.parts)
+        concept = training.run(steps=30, batch_size=4)
+        assert torch.equal(predict(training.parts), before)
+    first, last = concept.training["fixed_loss"]
+    assert last < first
+    assert left_alone(training.parts)
+
+
+def test_a_seed_says_everything(training: Training) -> None:
+    with torch.inference_mode():
+        assert training.run().digest == training.run().digest != training.run(seed=1).digest
+
+
+def test_checkpointing_and_micro_batches_change_nothing_but_memory(training: Training) -> None:
+    with torch.inference_mode():
+        plain, checkpointed, split = (
+            training.run(),
+            training.run(gradient_checkpointing=True),
+            training.run(micro_batch=1),
+        )
+    for other in (checkpointed, split):
+        for layer, values in plain.o_star_v.items():
+            torch.testing.assert_close(
+                other.o_star_v[layer], values, rtol=1e-2, atol=2e-3
+            )  # half precision of the file
+
+
+def test_a_half_precision_model_is_trained_in_more(training: Training) -> None:
+    """Gradients of the target values are too small for float16."""
+    with torch.inference_mode():
+        full = training.run()
+        parts = training.parts
+        parts.model.model.diffusion_model.half()
+        parts.model.model.diffusion_model.dtype = torch.float16
+        before = predict(parts)
+        half = Training(training.pack, parts).run()
+        assert torch.equal(predict(parts), before), "the model computes in its own precision again"
+    moved = {layer: (half.o_star_v[layer] - full.o_star_v[layer]).abs().max() for layer in full.o_star_v}
+    scale = {layer: full.o_star_v[layer].abs().max() for layer in full.o_star_v}
+    assert all(moved[layer] < 0.1 * scale[layer] for layer in moved)
+
+
+def test_stopping_midway_leaves_nothing_behind(training: Training) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(trainer: Any, report: Any) -> None:
+        if report.step == 2:
+            raise Stop
+
+    with torch.inference_mode():
+        before, whole = predict(training.parts), training.run().digest
+        for checkpointing in (False, True):
+            with pytest.raises(Stop):
+                training.run(stop, gradient_checkpointing=checkpointing)
+            assert left_alone(training.parts)
+        assert torch.equal(predict(training.parts), before)
+        assert training.run().digest == whole
+
+
+def test_concepts_that_are_applied_take_no_part_in_training(training: Training) -> None:
+    pack, parts = training.pack, training.parts
+    stack, combined = pack.module("perfusion.stack"), pack.module("perfusion.hosts.comfyui.combined")
+    with torch.inference_mode():
+        concept = training.run()
+        applied = combined.apply_concepts(parts.model, parts.clip, stack.ConceptStack((stack.ConceptUse(concept),)))
+        again = Training(pack, Parts(*applied, parts.vae))
+        assert again.run().digest == concept.digest
+
+
+def test_other_models_are_refused_by_name(comfy_host: ComfyHost) -> None:
+    parts = miniature_parts()
+    structure = comfy_host.module("perfusion.hosts.comfyui.structure")
+    for module in parts.model.model.diffusion_model.modules():
+        if hasattr(module, "attn2"):
+            module.attn2 = None
+    with pytest.raises(structure.UnsupportedModelError, match="input 'model' has no cross-attention"):
+        structure.family_of(parts.model, parts.clip)
