@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..perfusion.edit import Gate
 from ..perfusion.hosts.comfyui import library
 from ..perfusion.hosts.comfyui.combined import apply_concepts
-from ..perfusion.locking import LOCKS
+from ..perfusion.locking import LOCKS, Lock
 from ..perfusion.stack import ConceptStack, ConceptUse
 from .common import Concepts, naming, schema
 
@@ -59,9 +59,10 @@ class PerfusionSaveConcept(io.ComfyNode):
         files = []
         for use in concept.uses:
             with naming("Save Concept", "name"):
-                stem = name.strip() or use.concept.placeholder.strip("<>")
+                word = use.concept.placeholder.strip("<>")
+                stem = f"{name.strip()}-{word}" if name.strip() and len(concept) > 1 else name.strip() or word
                 try:
-                    path = use.concept.save_numbered(library.output_folder(), stem)
+                    path = use.concept.save_numbered(library.output_folder(), stem, library.searched_before_output())
                 except OSError as error:
                     raise OSError(
                         f"the concept could not be saved: {error.strerror or error}. It is not lost: free some space "
@@ -118,15 +119,22 @@ class PerfusionLoadConcepts(io.ComfyNode):
         file_6: str = NO_FILE,
         file_7: str = NO_FILE,
         file_8: str = NO_FILE,
+        on_1: bool = True,
+        on_2: bool = True,
+        on_3: bool = True,
+        on_4: bool = True,
+        on_5: bool = True,
+        on_6: bool = True,
+        on_7: bool = True,
+        on_8: bool = True,
     ) -> bool | str:
         """Find out about missing files before anything runs. The host looks the arguments up by name."""
-        files = [file_1, file_2, file_3, file_4, file_5, file_6, file_7, file_8]
-        for number, file in enumerate(files[: count or MAX_ROWS], start=1):
-            if file not in (None, NO_FILE):
-                try:
-                    library.find(file)
-                except ValueError as error:
-                    return f"Load Concepts, input 'file_{number}': {error}"
+        given = locals()
+        for row in _rows({name: value for name, value in given.items() if value is not None}):
+            try:
+                library.find(row["file"])
+            except ValueError as error:
+                return f"Load Concepts, input 'file_{row['number']}': {error}"
         return True
 
     @classmethod
@@ -239,12 +247,12 @@ class PerfusionApplyConcepts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, concepts: ConceptStack, key_lock: str) -> io.NodeOutput:
+    def execute(cls, model: Any, clip: Any, concepts: ConceptStack, key_lock: Lock) -> io.NodeOutput:
         """Apply the concepts that are on."""
         if clip is None:
             raise ValueError("Apply Concepts, input 'clip': there is no CLIP. Connect the checkpoint's own CLIP.")
         with naming("Apply Concepts", "concepts"):
-            stack = concepts.active.locked("global" if key_lock == "global" else "local")
+            stack = concepts.active.locked(key_lock)
             if not len(stack):
                 logger.warning("Apply Concepts: no concept is on, so the model is passed on as it is.")
             model, clip = apply_concepts(model, clip, stack)

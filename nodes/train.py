@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io
 
 from ..perfusion.concept import check_placeholder
 from ..perfusion.corpus import load_captions, paper_templates
 from ..perfusion.edit import FORMS
 from ..perfusion.hosts.comfyui import library
+from ..perfusion.hosts.comfyui.progress import progress_on
 from ..perfusion.hosts.comfyui.training import ComfyHost
 from ..perfusion.stack import ConceptStack, ConceptUse
 from ..perfusion.statistics import ESTIMATORS, cached
 from ..perfusion.training.config import RATES, TrainingConfig
 from ..perfusion.training.dataset import prepare
-from ..perfusion.training.trainer import StepReport, Subject, Trainer, train
+from ..perfusion.training.trainer import StepReport, Subject, Trainer, require_words, train
 from .common import ADVANCED, Concepts, naming, schema
 
 NODE = "Train Concept"
@@ -142,7 +141,6 @@ class PerfusionTrainConcept(io.ComfyNode):
                 ),
                 io.String.Input(
                     "captions",
-                    optional=True,
                     multiline=True,
                     default="",
                     tooltip="Captions to train with, one a line, with {} or the placeholder where the word goes. Left "
@@ -180,18 +178,19 @@ class PerfusionTrainConcept(io.ComfyNode):
         with naming(NODE):
             settings = {name: one[name] for name in TrainingConfig.__dataclass_fields__ if name in one}
             config = TrainingConfig(**settings)
+            subject.prompts()
             host = ComfyHost(one["model"], one["clip"], one["vae"])
+        with naming(NODE, "super_category"):
+            require_words(host, subject)
         with naming(NODE, "images"):
-            photos = prepare(host, images, masks, config.resolution, _cancellable)
+            photos = prepare(host, images, masks, config.resolution, progress_on(cls.hidden.unique_id))
         with naming(NODE, "corpus"):
             corpus = _corpus(one["corpus"], one["corpus_size"])
-            bar = comfy.utils.ProgressBar(len(corpus), node_id=cls.hidden.unique_id)
-            statistics = cached(host, corpus, library.statistics_folder(), bar.update_absolute)
-        bar = comfy.utils.ProgressBar(config.steps, node_id=cls.hidden.unique_id)
+            statistics = cached(host, corpus, library.statistics_folder(), progress_on(cls.hidden.unique_id))
+        report_step = progress_on(cls.hidden.unique_id)
 
         def show(trainer: Trainer, report: StepReport) -> None:
-            bar.update_absolute(report.step, report.steps)
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            report_step(report.step, report.steps)
 
         with naming(NODE):
             concept, trainer = train(host, photos, subject, statistics, config, [show])
@@ -202,10 +201,6 @@ def _flat_masks(batches: list[Any] | None) -> list[Any] | None:
     """Masks (h, w) one by one, of batches (n, h, w) or single ones; None when no mask is connected."""
     connected = [batch for batch in batches or [] if batch is not None]
     return [mask for batch in connected for mask in (batch if batch.ndim == 3 else [batch])] or None
-
-
-def _cancellable(done: int, total: int) -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _corpus(name: str, size: int) -> list[str]:

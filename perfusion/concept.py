@@ -12,7 +12,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -38,6 +38,8 @@ MAX_THUMBNAIL = 100_000
 
 _PLACEHOLDER = re.compile(r"<[a-z0-9](?:[a-z0-9_-]{0,46}[a-z0-9])?>")
 _FILE_NAME = re.compile(r"[^\w.-]+")
+_THUMBNAIL = re.compile(r"data:image/(?:jpeg|png|webp);base64,[A-Za-z0-9+/]+={0,2}")
+_WINDOWS_DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _DTYPES = {"F16", "BF16", "F32"}
 _PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 _EMBEDDING = "embedding."
@@ -82,7 +84,6 @@ class Concept:
     o_star_v: Mapping[str, Tensor]
     form: Form = "paper"
     estimator: Estimator = "robust"
-    encoder: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     thumbnail: str = ""
@@ -136,14 +137,22 @@ class Concept:
     @property
     def digest(self) -> str:
         """sha256 of everything that changes pictures: tensors, word, super-category, form."""
-        body = sha256(_body(save_tensors(self.tensors)))
-        body.update(json.dumps([self.placeholder, self.super_category, self.form, self.family.to_json()]).encode())
-        return body.hexdigest()
-
-    @property
-    def trigger(self) -> str:
-        """What a prompt says to get this concept: its placeholder."""
-        return self.placeholder
+        # Spelled out, and not what a library or ``to_json`` happens to write: files must keep their digests for ever.
+        family = self.family
+        text = [
+            ["placeholder", self.placeholder],
+            ["super_category", self.super_category],
+            ["form", self.form],
+            ["family", family.name],
+            ["context_width", family.context_width],
+            ["encoders", [[name, width] for name, width in family.encoders.items()]],
+            ["layers", [[name, width] for name, width in family.layers.items()]],
+        ]
+        content = sha256(json.dumps(text, separators=(",", ":")).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            content.update(f"{name}{list(tensor.shape)}".encode())
+            content.update(tensor.numpy().astype("<f2").tobytes())
+        return content.hexdigest()
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -152,11 +161,11 @@ class Concept:
         modelspec = {
             "sai_model_spec": "1.0.1",
             "architecture": f"{self.family.architecture}/perfusion",
-            "implementation": "https://github.com/comfyui-perfusion/ComfyUI-Perfusion",
+            "implementation": "ComfyUI-Perfusion",
             "title": self.placeholder.strip("<>"),
             "description": f"Perfusion concept: one particular {self.super_category}",
             "date": self.created,
-            "trigger_phrase": self.trigger,
+            "trigger_phrase": self.placeholder,
             "usage_hint": f"Write {self.placeholder} where you would write {self.super_category}.",
             "hash_sha256": "0x" + sha256(_body(save_tensors(self.tensors))).hexdigest(),
             **({"resolution": f"{resolution}x{resolution}"} if resolution else {}),
@@ -169,7 +178,6 @@ class Concept:
             "super_category": self.super_category,
             "form": self.form,
             "estimator": self.estimator,
-            "encoder": self.encoder,
             "training": json.dumps(dict(self.training), separators=(",", ":"), sort_keys=True),
             "digest": self.digest,
         }
@@ -182,26 +190,31 @@ class Concept:
         write_atomically(path, self.tensors, self.metadata, overwrite=overwrite)
         return path
 
-    def save_numbered(self, folder: Path, name: str) -> Path:
+    def save_numbered(self, folder: Path, name: str, shadowing: Sequence[Path] = ()) -> Path:
         """Write ``name.safetensors``, or ``name_2`` and so on where that name is taken: nothing is overwritten.
 
-        A file of that name which already holds this very concept is left as it is and returned.
+        A file of that name which already holds this very concept is left as it is and returned. Names that another
+        file has in one of the folders ``shadowing``, where it would be found first, count as taken too.
         """
         stem = file_stem(name)
         number = 1
         while True:
             path = folder / f"{stem if number == 1 else f'{stem}_{number}'}.safetensors"
-            try:
-                return self.save(path)
-            except FileExistsError:
-                if _holds(path, self.digest):
-                    return path
+            shadows = [other / path.name for other in shadowing if (other / path.name).exists()]
+            if all(_holds(shadow, self.digest) for shadow in shadows):
+                try:
+                    return self.save(path)
+                except FileExistsError:
+                    if _holds(path, self.digest):
+                        return path
             number += 1
 
     def with_thumbnail(self, data_uri: str) -> Concept:
-        """The same with a thumbnail, a data URI. Raises ValueError above 100 KB."""
-        if len(data_uri) > MAX_THUMBNAIL:
-            raise ValueError(f"a thumbnail may have {MAX_THUMBNAIL} characters at most, this one has {len(data_uri)}")
+        """The same with a thumbnail, a data URI of an image. Raises ValueError for anything else, or above 100 KB."""
+        if not _is_thumbnail(data_uri):
+            raise ValueError(
+                f"a thumbnail is a data URI of a JPEG, PNG or WebP image, of {MAX_THUMBNAIL} characters at most"
+            )
         return replace(self, thumbnail=data_uri)
 
 
@@ -212,6 +225,8 @@ def file_stem(name: str) -> str:
     stem = _FILE_NAME.sub("-", name.removesuffix(".safetensors")).strip("-._")
     if not stem:
         raise ValueError("give the concept's file a name of letters and digits")
+    if _WINDOWS_DEVICES.fullmatch(stem):
+        stem = f"concept-{stem}"
     return stem[:100].encode()[:200].decode(errors="ignore")  # file systems count bytes
 
 
@@ -307,10 +322,9 @@ def _parse(header: dict[str, Any], path: Path) -> Concept:
         o_star_v=dict(zip(family.layers, values.split(list(family.layers.values())), strict=True)),
         form=metadata.get("perfusion.form", ""),
         estimator=metadata.get("perfusion.estimator", ""),
-        encoder=_text(metadata.get("perfusion.encoder", "")),
         training=training,
         created=_text(metadata.get("modelspec.date", "")),
-        thumbnail=str(metadata.get("modelspec.thumbnail", ""))[:MAX_THUMBNAIL],
+        thumbnail=metadata["modelspec.thumbnail"] if _is_thumbnail(metadata.get("modelspec.thumbnail")) else "",
     )
     if concept.digest != metadata.get("perfusion.digest"):
         raise ConceptFileError("its content is not what its digest says: it was damaged. Copy or download it again.")
@@ -319,10 +333,13 @@ def _parse(header: dict[str, Any], path: Path) -> Concept:
 
 def _holds(path: Path, digest: str) -> bool:
     try:
-        metadata = read_header(path).get("__metadata__") or {}
+        return load(path).digest == digest
     except (OSError, ConceptFileError):
         return False
-    return isinstance(metadata, dict) and metadata.get("perfusion.digest") == digest
+
+
+def _is_thumbnail(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_THUMBNAIL and _THUMBNAIL.fullmatch(value) is not None
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The gated rank-one edit of keys and values (Tewel et al. 2023, equations 3 to 5), for any number of concepts.
+"""The gated rank-one edit of keys and values (Tewel et al. 2023), for any number of concepts.
 
 Axes are named as follows: ``b`` batch, ``m`` token, ``d`` width of a text encoding, ``j`` concept, ``i`` inner width of
 one layer's keys or values. For a text encoding e_m and concepts j with target input i*_j, dual vector d*_j and target
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -58,13 +59,19 @@ class Gate:
 
 def presence(context: Tensor, i_star: Tensor, d_star: Tensor) -> Tensor:
     """r: how much of each concept is in each token. (..., m, d), (j, d), (j, d) -> (..., m, j), float32."""
-    with torch.autocast(context.device.type, enabled=False):
+    with _full_precision(context.device):
         scale = einsum(i_star.float(), d_star.float(), "j d, j d -> j")
         return einsum(context.float(), d_star.float(), "... m d, j d -> ... m j") / scale
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, where it is on: some devices know no autocast at all."""
+    known = device.type in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
 def gate(r: Tensor, bias: Tensor | float, temperature: Tensor | float) -> Tensor:
-    """g = sigmoid((r - beta) / tau) (eq. 4). Any shape; bias and temperature broadcast against it."""
+    """g = sigmoid((r - beta) / tau). Any shape; bias and temperature broadcast against it."""
     return torch.sigmoid((r - bias) / temperature)
 
 
@@ -161,7 +168,7 @@ class Directions:
 
     def coefficients(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32."""
-        with torch.autocast(context.device.type, enabled=False):
+        with _full_precision(context.device):
             parts = context.float() @ self.detector
             r, subtracted = parts.chunk(2, dim=-1)
             opened = gate(r, self.bias, self.temperature)
@@ -173,7 +180,7 @@ class Directions:
 
     def gates(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32."""
-        with torch.autocast(context.device.type, enabled=False):
+        with _full_precision(context.device):
             r = context.float() @ self.detector[:, : len(self)]
         opened = gate(r, self.bias, self.temperature)
         return r, torch.where(self.preserving, preserving_gate(r, self.bias, self.temperature), opened)

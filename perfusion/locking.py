@@ -1,4 +1,4 @@
-"""Key locking (Tewel et al. 2023, section 4.1): a concept attends as its super-category does.
+"""Key locking (Tewel et al. 2023): a concept attends as its super-category does.
 
 Locally, the keys of the concept's own token are those of the super-category: o*_K = W_K e_super in the gated edit.
 Globally, every key is computed from the prompt's encoding with the super-category standing in the concept's place;

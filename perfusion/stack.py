@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -92,21 +91,16 @@ class ConceptStack:
 
         Raises ParallelConceptsError when two of them cannot be told apart.
         """
-        return build_edit(self.uses)
-
-
-def build_edit(uses: Sequence[ConceptUse]) -> KeyValueEdit:
-    """The edit of keys and values of concepts of one family."""
-    concepts = [use.concept for use in uses]
-    return KeyValueEdit(
-        Directions.of(
-            torch.stack([c.i_star for c in concepts]),
-            torch.stack([c.d_star for c in concepts]),
-            [use.gate for use in uses],
-            [c.form for c in concepts],
-            [c.placeholder for c in concepts],
-        ),
-        torch.stack([c.e_super for c in concepts]),
-        {layer: torch.stack([c.o_star_v[layer] for c in concepts]) for layer in concepts[0].family.layers},
-        [use.lock for use in uses],
-    )
+        concepts = self.concepts
+        return KeyValueEdit(
+            Directions.of(
+                torch.stack([c.i_star for c in concepts]),
+                torch.stack([c.d_star for c in concepts]),
+                [use.gate for use in self.uses],
+                [c.form for c in concepts],
+                [c.placeholder for c in concepts],
+            ),
+            torch.stack([c.e_super for c in concepts]),
+            {layer: torch.stack([c.o_star_v[layer] for c in concepts]) for layer in concepts[0].family.layers},
+            [use.lock for use in self.uses],
+        )

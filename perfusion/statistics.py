@@ -2,7 +2,7 @@
 
 C = E[e e^T] is the uncentered second moment of the encodings of many captions' tokens, by the very text encoder in use.
 It is the metric in which "how much of the concept is in this token" is measured: d* = C^-1 i* (Tewel et al. 2023,
-eq. 2, after Meng et al. 2022). Its scale cancels everywhere.
+after Meng et al. 2022). Its scale cancels everywhere.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def word_encodings(host: TextHost, captions: Iterable[str], word: Word, *, last_
 def directions(encodings: Tensor, statistics: TextStatistics, estimator: Estimator) -> tuple[Tensor, Tensor]:
     """i* and d* (d,), float32, from encodings (n, d) of the concept's word.
 
-    i* is their mean. "paper": d* = C^-1 i* (eq. 2), the encodings being those of a few short templates.
+    i* is their mean. "paper": d* = C^-1 i*, the encodings being those of a few short templates.
     "robust": d* = (C + C_within)^-1 i*, C_within being the covariance of the word's own encodings over varied
     captions: directions in which the word's encoding changes with its context no longer shut the gate.
     """

@@ -22,7 +22,7 @@ from tests.browser.page import comfy_page, run_graph  # noqa: E402
 from tests.comfyui.test_end_to_end import cat_of, graph, put_photos  # noqa: E402
 from tests.hosts import Base, ServerOptions, main_host, running_server  # noqa: E402
 
-# Column by column: (node of the API twin, height it needs).
+# Column by column, by the names of the API twin.
 COLUMNS: dict[str, list[list[str]]] = {
     "train_concept": [
         ["photo_1", "photo_2", "photo_3", "photo_4"],

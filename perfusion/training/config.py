@@ -54,8 +54,12 @@ class TrainingConfig:
     contexts: int = _setting(240, "In how many varied captions the word is looked at to find it in any prompt.")
     vectors: int = _setting(1, "How many token embeddings the word has.")
     flip: bool = _setting(True, "Mirror half of the photos. Switch it off for things with writing or a left and right.")
-    gradient_checkpointing: bool = _setting(False, "Use less memory, take about a third longer.")
-    seed: int = _setting(0, "The same seed, photos and settings give the same concept on one machine.")
+    gradient_checkpointing: bool = _setting(
+        False, "Use less memory and take longer: activations are computed again for the backward pass."
+    )
+    seed: int = _setting(
+        0, "The same seed, photos and settings give the same concept on one machine, on CPUs byte for byte."
+    )
 
     def __post_init__(self) -> None:
         def check(name: str, valid: bool, range_: str) -> None:

@@ -1,6 +1,6 @@
 """Learning a concept from photos: the word's embeddings and the target values of each layer, nothing else.
 
-Follows Tewel et al. 2023, section 4: keys locked to the super-category, values learned, the gated edit in place at
+Follows Tewel et al. 2023: keys locked to the super-category, values learned, the gated edit in place at
 training as at inference, loss weighted by the mask of the thing. The trainer knows no host: it calls the protocol of
 ``perfusion.hosts.base`` and reports through callbacks, between optimizer steps, which may raise to stop it.
 """
@@ -20,16 +20,17 @@ from torch import Tensor
 from ..concept import Concept, check_placeholder
 from ..corpus import captions_naming, paper_templates
 from ..edit import Directions, Gate, KeyValueEdit
-from ..hosts.base import Encodings, Host, Word
+from ..hosts.base import Encodings, Host, TextHost, Word
 from ..statistics import Metric, TextStatistics, directions, word_encodings
 from .config import TrainingConfig
 from .dataset import Photos
 
 logger = logging.getLogger(__name__)
 
-EMA = 0.99  # eq. 3 of the method: how slowly the paper's i* follows the embedding
+EMA = 0.99  # how slowly the paper's i* follows the embedding
 REFRESH = 25  # steps between looks at the word in varied captions, for the robust i*
 _FIXED_SAMPLES = 8
+_CAPTIONS_AT_ONCE = 32
 
 
 class TrainingError(ValueError):
@@ -126,7 +127,9 @@ class Trainer:
                 gate += float(self._edit.directions.to(encoded.device).gates(encoded)[1].mean()) * share
                 mean += encoded.mean(0).cpu() * share
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in trained)
+        if any(p.grad is None for p in trained):
+            raise TrainingError("no gradient reaches the concept: the model's cross-attention is not the edited one")
+        finite = all(bool(p.grad.isfinite().all()) for p in trained)
         if not (math.isfinite(loss) and finite):
             raise TrainingError(
                 f"the loss of step {self.steps_done + 1} or its gradient is not a finite number. Lower value_rate and "
@@ -148,6 +151,8 @@ class Trainer:
             report = self.step()
             for callback in callbacks:
                 callback(self, report)
+        self.i_star, self.d_star = self._directions(self.config.contexts)
+        self._locate()
         after = self.fixed_loss()
         logger.info("%s: loss on fixed noise %.5f before, %.5f after", self.subject.placeholder, before, after)
         return self.concept({"fixed_loss": [round(before, 6), round(after, 6)]})
@@ -167,7 +172,6 @@ class Trainer:
             o_star_v={layer: values.squeeze(0) for layer, values in self.o_star_v.items()},
             form=self.config.form,
             estimator=self.config.estimator,
-            encoder=self.host.fingerprint,
             training={
                 **asdict(self.config),
                 "steps_done": self.steps_done,
@@ -186,12 +190,7 @@ class Trainer:
     def _start(self) -> None:
         """Everything starts at the super-category: embeddings, target values, i* and the keys' e_super."""
         host, subject, config = self.host, self.subject, self.config
-        rows = host.token_embeddings(subject.super_category)
-        if not all(len(r) for r in rows.values()):
-            raise TrainingError(
-                f"super-category {subject.super_category!r} is no word for the text encoder: "
-                "write what kind of thing it is, such as teddy bear, cat or chair"
-            )
+        rows = require_words(host, subject)
         self.embeddings = {name: _resample(r, config.vectors).requires_grad_() for name, r in rows.items()}
         unchanged = all(torch.equal(rows[name], self.embeddings[name]) for name in rows)
         plain = Word(subject.placeholder, subject.super_category)
@@ -205,6 +204,20 @@ class Trainer:
             for layer, values in host.project_values(self.e_super.unsqueeze(0)).items()
         }
         self._locate()
+        self._require_words_in_reach()
+
+    def _require_words_in_reach(self) -> None:
+        """Raise TrainingError for a caption whose word the encoder would not see, before anything is learned."""
+        for start in range(0, len(self._prompts), _CAPTIONS_AT_ONCE):
+            prompts = self._prompts[start : start + _CAPTIONS_AT_ONCE]
+            with torch.no_grad():
+                inside = self.host.encode(prompts, self.word).word.any(dim=1)
+            for prompt, found in zip(prompts, inside, strict=True):
+                if not found:
+                    raise TrainingError(
+                        f"the caption {prompt[:60]!r}... is too long: {self.subject.placeholder} lies beyond its first "
+                        "75 tokens. Move it to the front, or shorten the caption."
+                    )
 
     def _parameter_groups(self) -> list[dict]:
         """One group a tensor: relative rates are shares of its own initial size."""
@@ -273,10 +286,6 @@ class Trainer:
         chosen, index = torch.unique(batch.prompt, return_inverse=True)
         encoded = self.host.encode([self._prompts[k] for k in chosen], self.word)
         text = encoded.select(index.to(encoded.context.device))
-        if not bool(text.word.any(dim=1).all()):
-            raise TrainingError(
-                f"a caption is too long: {self.subject.placeholder} lies beyond its first chunk of tokens"
-            )
         x0, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
         noise, sigma = batch.noise.to(device), self._sigmas[batch.level].to(device)
         spread = sigma.view(-1, 1, 1, 1)
@@ -286,6 +295,17 @@ class Trainer:
         if self.host.prediction == "v":
             error = error * (1 + spread**2).sqrt()
         return reduce(weights * error**2, "b c h w -> ", "mean"), text
+
+
+def require_words(host: TextHost, subject: Subject) -> dict[str, Tensor]:
+    """Encoder -> embedding rows (n, width) of the super-category. Raises TrainingError where there are none."""
+    rows = host.token_embeddings(subject.super_category)
+    if not all(len(r) for r in rows.values()):
+        raise TrainingError(
+            f"super-category {subject.super_category!r} is no word for the text encoder: "
+            "write what kind of thing it is, such as teddy bear, cat or chair"
+        )
+    return rows
 
 
 @dataclass(frozen=True)

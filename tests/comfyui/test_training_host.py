@@ -143,3 +143,42 @@ def test_other_models_are_refused_by_name(comfy_host: ComfyHost) -> None:
             module.attn2 = None
     with pytest.raises(structure.UnsupportedModelError, match="input 'model' has no cross-attention"):
         structure.family_of(parts.model, parts.clip)
+
+
+def test_weights_that_were_moved_since_they_were_loaded_can_be_trained_through(comfy_host: ComfyHost) -> None:
+    """Inference tensors that are moved, as to a GPU, no longer say that they are, and still refuse a backward pass."""
+    training = comfy_host.module("perfusion.hosts.comfyui.training")
+    with torch.inference_mode():
+        network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2).eval())
+    network.to(torch.float64)  # on a machine without a GPU, another type moves the data as well
+    training._make_ordinary(network)
+    network.requires_grad_(False)
+    x = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    network(x).square().sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+
+
+def test_a_streamed_text_encoder_is_read_once_more_as_a_whole(comfy_host: ComfyHost) -> None:
+    training = comfy_host.module("perfusion.hosts.comfyui.training")
+    parts = miniature_parts()
+
+    class Streamed:
+        cond_stage_model = object()
+        patcher = type("Patcher", (), {"is_dynamic": lambda self: True})()
+
+        def clone(self, disable_dynamic: bool = False) -> Any:
+            clone = parts.clip.clone()
+            clone.cond_stage_model = self.cond_stage_model
+            return clone
+
+    streamed = Streamed()
+    clone = training._static_clone(streamed, streamed.patcher)
+    assert clone.cond_stage_model is clone.patcher.model is parts.clip.cond_stage_model
+
+
+def test_a_model_for_inpainting_is_refused_by_name(comfy_host: ComfyHost) -> None:
+    parts = miniature_parts()
+    parts.model.model.concat_keys = ("mask", "masked_image")
+    structure = comfy_host.module("perfusion.hosts.comfyui.structure")
+    with pytest.raises(structure.UnsupportedModelError, match="input 'model' is one for inpainting"):
+        comfy_host.module("perfusion.hosts.comfyui.training").ComfyHost(parts.model, parts.clip, parts.vae)

@@ -83,7 +83,6 @@ def a_concept(family: Family = SMALL, vectors: int = 1, seed: int = 0, **changes
         "d_star": i_star / i_star.abs().max(),
         "e_super": normal(family.context_width),
         "o_star_v": {layer: normal(width) for layer, width in family.layers.items()},
-        "encoder": "f" * 64,
         "training": {"steps": 200, "resolution": 512, "seed": 0},
         "created": "2024-05-06T07:08:09Z",
     }
@@ -148,7 +147,11 @@ def test_digest_is_of_all_that_changes_pictures_and_nothing_else() -> None:
         replace(concept, family=replace(SMALL, name="other")),
     ]
     assert len({concept.digest, *(other.digest for other in others)}) == 7
-    for same_pictures in (a_concept(created="2001"), a_concept(training={}), concept.with_thumbnail("data:,x")):
+    for same_pictures in (
+        a_concept(created="2001"),
+        a_concept(training={}),
+        concept.with_thumbnail("data:image/png;base64,AA"),
+    ):
         assert same_pictures.digest == concept.digest
 
 
@@ -683,10 +686,62 @@ def test_files_have_the_usual_permissions_without_touching_those_of_other_thread
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
+_PICTURE = "data:image/png;base64,"
+
+
 def test_thumbnails_are_bounded(tmp_path: Path) -> None:
-    largest = WHOLE.with_thumbnail("x" * MAX_THUMBNAIL)
+    largest = WHOLE.with_thumbnail(_PICTURE + "x" * (MAX_THUMBNAIL - len(_PICTURE)))
     assert same(load(largest.save(tmp_path / "it.safetensors")), largest)
     with pytest.raises(ValueError, match=str(MAX_THUMBNAIL)):
-        WHOLE.with_thumbnail("x" * (MAX_THUMBNAIL + 1))
-    save_file(WHOLE.tensors, tmp_path / "it.safetensors", {**WHOLE.metadata, "modelspec.thumbnail": "y" * 500_000})
-    assert len(load(tmp_path / "it.safetensors").thumbnail) <= MAX_THUMBNAIL
+        WHOLE.with_thumbnail(largest.thumbnail + "x")
+
+
+@pytest.mark.parametrize(
+    "thumbnail",
+    [_PICTURE + "y" * 500_000, "javascript:alert(1)", _PICTURE + '"><img onerror=x>', "data:text/html;base64,aGk=", ""],
+)
+def test_what_is_no_thumbnail_is_dropped(tmp_path: Path, thumbnail: str) -> None:
+    save_file(WHOLE.tensors, tmp_path / "it.safetensors", {**WHOLE.metadata, "modelspec.thumbnail": thumbnail})
+    assert load(tmp_path / "it.safetensors").thumbnail == ""
+    if thumbnail:
+        with pytest.raises(ValueError, match="data URI"):
+            WHOLE.with_thumbnail(thumbnail)
+
+
+def test_digests_stay_what_they_are() -> None:
+    """A file of today must load for ever: its digest is checked then."""
+    family = Family("golden", 2, {"clip_l": 2}, {"middle_block.1": (1, 2)})
+    numbers = {name: torch.tensor([1.0, -0.5]) for name in ("i_star", "d_star", "e_super")}
+    concept = Concept(
+        family=family,
+        placeholder="<golden>",
+        super_category="cat",
+        embeddings={"clip_l": torch.tensor([[0.25, 2.0]])},
+        o_star_v={"middle_block.1.transformer_blocks.0": torch.tensor([3.0, 4.0])},
+        **numbers,
+    )
+    assert concept.digest == "b2cfeb6c746586ebec44cd94bb74c4d2ede589f5f3fb89971785ed59c562c0f2"
+
+
+def test_a_damaged_file_is_not_taken_for_the_concept(tmp_path: Path) -> None:
+    first = WHOLE.save_numbered(tmp_path, "it")
+    first.write_bytes(first.read_bytes()[:-4])
+    second = WHOLE.save_numbered(tmp_path, "it")
+    assert second != first
+    assert same(load(second), WHOLE)
+
+
+def test_a_name_that_another_folder_would_hide_is_taken(tmp_path: Path) -> None:
+    models, output = tmp_path / "models", tmp_path / "output"
+    models.mkdir()
+    a_concept(seed=1).save(models / "it.safetensors")
+    assert WHOLE.save_numbered(output, "it", [models]).name == "it_2.safetensors"
+    assert WHOLE.save_numbered(output, "other", [models]).name == "other.safetensors"
+    WHOLE.save(models / "it_3.safetensors")
+    a_concept(seed=2).save(output / "it_2.safetensors", overwrite=True)
+    assert WHOLE.save_numbered(output, "it", [models]).name == "it_3.safetensors", "the same concept hides nothing"
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "lpt1", "aux.it"])
+def test_names_of_devices_are_avoided(name: str) -> None:
+    assert file_stem(name) == f"concept-{name}"

@@ -335,7 +335,7 @@ def test_the_concept_says_how_it_was_trained() -> None:
     assert concept.training["photos"] == 3
     assert (concept.training["steps_done"], concept.training["seed"]) == (2, 7)
     assert (concept.form, concept.estimator, concept.placeholder) == ("preserving", "robust", "<bear>")
-    assert (concept.encoder, concept.super_category) == (FakeHost().fingerprint, "bear")
+    assert concept.super_category == "bear"
     assert concept.created.endswith("Z")
 
 

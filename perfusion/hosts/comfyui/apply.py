@@ -7,6 +7,7 @@ loaded on, and is undone by the host itself. Weights are read only by calling th
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor
 from ...edit import KeyValueEdit
 from ...stack import ConceptStack
 from .structure import projections
-from .text import KEY_SHIFT, KeyShift, WordUsage
+from .text import KEY, KEY_SHIFT, KeyShift, WordUsage
 
-KEY = "perfusion"
+logger = logging.getLogger(__name__)
 
 
 class Applied:
@@ -28,6 +29,7 @@ class Applied:
     def __init__(self, stack: ConceptStack, usages: tuple[WordUsage, ...] = ()):
         self.stack = stack
         self.usages = usages
+        self.told_of_fallback = False
         self.edit: KeyValueEdit | None = stack.edit() if len(stack) else None
 
     def on_model_patcher_clone(self) -> Applied:
@@ -131,6 +133,12 @@ def _with_key_shift(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     for usage in owner.usages:
         usage.warn_of_missing()
+    if shift is None and "global" in owner.edit.key_lock.locks and not owner.told_of_fallback:
+        owner.told_of_fallback = True
+        logger.info(
+            "Key lock 'global' needs prompts encoded by the CLIP of Apply Concepts and passed on as they are; for "
+            "others, and with extensions that rearrange them, 'local' is used."
+        )
     owner.edit.key_lock.shift = shift
     try:
         return executor(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ntpath
 import os
 import re
 from collections.abc import Callable
@@ -32,6 +33,12 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / FOLDER
 
 
+def searched_before_output() -> list[Path]:
+    """Folders in which a file hides one of the same name in the output folder."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+    return folders[: folders.index(output_folder())] if output_folder() in folders else folders
+
+
 def statistics_folder() -> Path:
     """Where second moments of text encodings are kept; anything in it can be deleted."""
     return Path(folder_paths.get_user_directory()) / FOLDER / _STATISTICS
@@ -52,7 +59,7 @@ def find(name: str) -> Path:
             f"{name!r} is not a .safetensors file; other kinds (.pt, .ckpt) can run code when they are opened and are "
             "never read. Choose a file saved by Save Concept."
         )
-    outside = os.path.isabs(name) or ".." in re.split(r"[\\/]", name)
+    outside = os.path.isabs(name) or ntpath.splitdrive(name)[0] or ".." in re.split(r"[\\/]", name)
     path = None if outside else folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise ConceptFileError(

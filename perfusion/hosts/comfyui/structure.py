@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-
 from ...family import Family, name_of
 
 _ATTN2 = re.compile(r"^(?P<transformer>.+)\.transformer_blocks\.(?P<block>\d+)\.attn2$")
@@ -19,8 +18,8 @@ class UnsupportedModelError(ValueError):
 def projections(diffusion_model: Any) -> Iterator[tuple[str, Any, Any]]:
     """Each cross-attention layer in the network's order: its name, ``to_k`` and ``to_v``."""
     for name, module in diffusion_model.named_modules():
-        # A compiled network keeps the original below this name.
-        name = name.removeprefix("_orig_mod.")
+        # A compiled network, or block, keeps the original below this name.
+        name = name.replace("_orig_mod.", "")
         if _ATTN2.match(name) and hasattr(module, "to_k") and hasattr(module, "to_v"):
             yield name.removesuffix(".attn2"), module.to_k, module.to_v
 
@@ -45,8 +44,8 @@ def family_of(model: Any, clip: Any) -> Family:
     context_width = 0
     for layer, to_k, to_v in projections(model.model.diffusion_model):
         transformer = layer.rpartition(".transformer_blocks.")[0]
-        transformers[transformer] = (transformers.get(transformer, (0, 0))[0] + 1, int(to_v.weight.shape[0]))
-        context_width = int(to_k.weight.shape[1])
+        transformers[transformer] = (transformers.get(transformer, (0, 0))[0] + 1, int(to_v.out_features))
+        context_width = int(to_k.in_features)
     if not transformers:
         raise UnsupportedModelError(
             "the model on input 'model' has no cross-attention to text. Perfusion works with Stable Diffusion 1.x, 2.x "

@@ -139,7 +139,7 @@ def encode(clip: Any, prompts: Sequence[str], word: Word | None = None, *, poole
     one = keys[0]
     stands = torch.tensor([[_stands_in(token) for token in chunk[one]] for chunk in chunks])
     end = getattr(tokenizer, f"clip_{one}").end_token
-    padding = torch.tensor([_behind_end([token for token in chunk[one]], end) for chunk in chunks])
+    padding = torch.tensor([_behind_end(chunk[one], end) for chunk in chunks])
     if pooled:
         each = [_encode_chunks(clip, {key: [chunk[key]] for key in keys}) for chunk in chunks]
         context, pools = torch.cat([context for context, _ in each]), torch.cat([pool for _, pool in each])
@@ -256,7 +256,11 @@ def _twin_injection(super_categories: Mapping[str, Mapping[str, list[int]]]) -> 
 
         def encode_token_weights(tokens: dict[str, Any]) -> tuple[Any, ...]:
             out = previous(tokens)
+            if words.previous is None:  # ejected, while another extension's wrapper still calls this one
+                return out
             shift = _shift(out[0], tokens, super_categories, lambda twins: previous(twins)[0])
+            if shift is None:
+                return out
             extra = dict(out[2]) if len(out) > 2 else {}
             extra["model_conds"] = {**extra.get("model_conds", {}), KEY_SHIFT: KeyShift(shift, out[0])}
             return (out[0], out[1], extra)
@@ -285,8 +289,11 @@ def _shift(
     tokens: dict[str, list[list[Any]]],
     super_categories: Mapping[str, Mapping[str, list[int]]],
     encode_twins: Callable[[dict[str, Any]], Tensor],
-) -> Tensor:
-    """The encoding with super-categories in place minus the encoding: (1, chunks * m, d), zero without such words."""
+) -> Tensor | None:
+    """The encoding with super-categories in place minus the encoding: (1, chunks * m, d), zero without such words.
+
+    None where tokens and encodings do not correspond one to one.
+    """
     twins: dict[str, list[list[Any]]] = {}
     index: list[int] = []
     found = False
@@ -299,7 +306,9 @@ def _shift(
             new, places = twin(chunk, word, len(chunk))
             twins[key].append(new)
             index += [-1 if place < 0 else number * len(chunk) + place for place in places]
-    if not found or len(index) != context.shape[1]:
+    if len(index) != context.shape[1]:
+        return None
+    if not found:
         return torch.zeros_like(context)
     other = encode_twins(twins)
     places = torch.tensor(index, device=other.device)

@@ -9,10 +9,10 @@ from hashlib import sha256
 from typing import Any, Literal
 
 import comfy.clip_model
+import comfy.ldm.modules.attention as comfy_attention
 import comfy.model_management
 import comfy.model_sampling
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +42,7 @@ class ComfyHost:
         self._fingerprint = ""
         detach(self._model)
         self.family: Family = family_of(model, clip)
+        _require_plain_input(model.model)
         self._live = Applied(ConceptStack())
         attach(self._model, self._live)
 
@@ -93,6 +94,12 @@ class ComfyHost:
         """See ``Host.encode_images``."""
         with torch.no_grad():
             latent = self._vae.encode(images)
+        channels = self._model.model.latent_format.latent_channels
+        if latent.ndim != 4 or latent.shape[1] != channels:
+            raise UnsupportedModelError(
+                f"the VAE on input 'vae' makes latents of shape {tuple(latent.shape[1:])}, the model needs {channels} "
+                "channels in two dimensions: connect the checkpoint's own VAE"
+            )
         return self._model.model.process_latent_in(latent.float().cpu()).clone()
 
     def noise_levels(self) -> Tensor:
@@ -108,7 +115,11 @@ class ComfyHost:
         # It stays in force behind this call: checkpointed blocks are computed again in the backward pass.
         self._live.edit = edit
         return model.apply_model(
-            noisy, sigma, c_crossattn=text.context.to(noisy.device), transformer_options={}, **extra
+            noisy,
+            sigma,
+            c_crossattn=text.context.to(noisy.device),
+            transformer_options={"optimized_attention_override": _differentiable_attention},
+            **extra,
         )
 
     def project_values(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -132,6 +143,9 @@ class ComfyHost:
             comfy.model_management.load_models_gpu(
                 [self._model, self._clip.patcher], memory_required=_EVERYTHING, force_full_load=True
             )
+            # Everything is loaded now, and stays: each encoding would load anew, and might evict the network for it.
+            self._clip.load_model = lambda tokens=None: self._clip.patcher
+            stack.callback(vars(self._clip).pop, "load_model")
             for network in (self._model.model, self._clip.cond_stage_model):
                 _make_ordinary(network)
                 network.requires_grad_(False)
@@ -153,17 +167,30 @@ class ComfyHost:
         return getattr(self._clip.cond_stage_model, encoder).transformer.get_input_embeddings().weight
 
 
+def _differentiable_attention(chosen: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """In place of the attention the host was started with, some of which have no backward pass.
+
+    On CPUs the fused kernel's backward pass takes longer than the plain products.
+    """
+    plain = comfy.model_management.is_device_cpu(q.device)
+    kernel = comfy_attention.attention_basic if plain else comfy_attention.attention_pytorch
+    return kernel(q, *args, **kwargs)
+
+
 def _static_clone(thing: Any, patcher: Any) -> Any:
     """A clone whose weights lie still: those that are streamed in call by call cannot be differentiated through."""
     if not getattr(patcher, "is_dynamic", lambda: False)():
         return thing.clone()
     try:
-        return thing.clone(disable_dynamic=True)
+        clone = thing.clone(disable_dynamic=True)
     except RuntimeError as error:
         raise UnsupportedModelError(
             "this model streams its weights and its loader cannot read it once more for training. Load it with Load "
             "Checkpoint, or start ComfyUI with --disable-dynamic-vram."
         ) from error
+    if hasattr(clone, "cond_stage_model"):  # a CLIP's clone still names the streamed network
+        clone.cond_stage_model = clone.patcher.model
+    return clone
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
@@ -171,14 +198,31 @@ def _compute_dtype(model: Any) -> torch.dtype:
     return model.manual_cast_dtype if model.manual_cast_dtype is not None else model.get_dtype()
 
 
+def _require_plain_input(model: Any) -> None:
+    """Raise UnsupportedModelError for networks that want more than a latent, as those for inpainting do."""
+    if getattr(model, "concat_keys", ()):
+        raise UnsupportedModelError(
+            "the model on input 'model' is one for inpainting or editing, which needs a picture besides the prompt: "
+            "train on the plain checkpoint, the concept can be used on this one afterwards"
+        )
+
+
+def _refused_by_autograd(tensor: Tensor) -> bool:
+    """Whether it was made in inference mode; one that was moved since says it was not, but still counts no versions."""
+    try:
+        return tensor.is_inference() or tensor._version < 0
+    except RuntimeError:
+        return True
+
+
 def _make_ordinary(network: torch.nn.Module) -> None:
     """Replace inference tensors, once, by ordinary ones of the same values, in which autograd can work."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_inference():
+            if parameter is not None and _refused_by_autograd(parameter):
                 module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_inference():
+            if buffer is not None and _refused_by_autograd(buffer):
                 module._buffers[name] = buffer.clone()
 
 
@@ -211,7 +255,7 @@ def _differentiable_encoders(cond_stage_model: torch.nn.Module) -> Any:
 
 def _checkpointed(diffusion_model: torch.nn.Module) -> Any:
     """Activations inside residual blocks and spatial transformers are computed again in the backward pass."""
-    blocks = [m for m in diffusion_model.modules() if isinstance(m, (ResBlock, SpatialTransformer))]
+    blocks = [m for m in diffusion_model.modules() if isinstance(m, (ResBlock, comfy_attention.SpatialTransformer))]
     return _replaced_forwards({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks})
 
 
