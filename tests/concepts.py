@@ -265,6 +265,7 @@ def expected_projection(
     i_stars = [use.concept.i_star.double() for use in uses]
     d_stars = [use.concept.d_star.double() for use in uses]
     paper = [j for j, use in enumerate(uses) if use.concept.form == "paper"]
+    parts = e.new_empty(0)
     if paper:
         gram = torch.stack([torch.stack([i_stars[a] @ d_stars[b] for b in paper]) for a in paper])
         scores = torch.stack([e @ d_stars[j] for j in paper], dim=-1)

@@ -345,7 +345,7 @@ def test_wrapper_over_ours_survives_and_so_does_the_edit(lab: Lab, teddy: Any, c
         vars(module).pop("forward", None)
 
 
-def _scaled(module: torch.nn.Module) -> Any:
+def _scaled(module: Any) -> Any:
     return lambda x: torch.nn.functional.linear(x, module.weight) * 1.1
 
 

@@ -711,14 +711,16 @@ def test_what_is_no_thumbnail_is_dropped(tmp_path: Path, thumbnail: str) -> None
 def test_digests_stay_what_they_are() -> None:
     """A file of today must load for ever: its digest is checked then."""
     family = Family("golden", 2, {"clip_l": 2}, {"middle_block.1": (1, 2)})
-    numbers = {name: torch.tensor([1.0, -0.5]) for name in ("i_star", "d_star", "e_super")}
+    direction = torch.tensor([1.0, -0.5])
     concept = Concept(
         family=family,
         placeholder="<golden>",
         super_category="cat",
         embeddings={"clip_l": torch.tensor([[0.25, 2.0]])},
+        i_star=direction,
+        d_star=direction,
+        e_super=direction,
         o_star_v={"middle_block.1.transformer_blocks.0": torch.tensor([3.0, 4.0])},
-        **numbers,
     )
     assert concept.digest == "b2cfeb6c746586ebec44cd94bb74c4d2ede589f5f3fb89971785ed59c562c0f2"
 

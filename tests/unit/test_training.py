@@ -49,7 +49,8 @@ def a_trainer(
     subject: Subject = BEAR, host: FakeHost | None = None, pictures: Photos | None = None, **changes: Any
 ) -> Trainer:
     """A trainer whose host is loaded, as inside ``host.training()``."""
-    host = host or FakeHost()
+    if host is None:
+        host = FakeHost()
     host.in_training = True
     used = statistics(len(host.encoders) == 2)
     return Trainer(host, pictures or photos(), subject, used, settings(**changes))
