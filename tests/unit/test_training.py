@@ -49,11 +49,10 @@ def a_trainer(
     subject: Subject = BEAR, host: FakeHost | None = None, pictures: Photos | None = None, **changes: Any
 ) -> Trainer:
     """A trainer whose host is loaded, as inside ``host.training()``."""
-    if host is None:
-        host = FakeHost()
-    host.in_training = True
-    used = statistics(len(host.encoders) == 2)
-    return Trainer(host, pictures or photos(), subject, used, settings(**changes))
+    loaded = FakeHost() if host is None else host
+    loaded.in_training = True
+    used = statistics(len(loaded.encoders) == 2)
+    return Trainer(loaded, pictures or photos(), subject, used, settings(**changes))
 
 
 def trained(subject: Subject = BEAR, host: FakeHost | None = None, **changes: Any) -> Concept:
