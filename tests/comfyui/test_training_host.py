@@ -43,6 +43,7 @@ def training(comfy_host: ComfyHost) -> Training:
         return Training(comfy_host, miniature_parts())
 
 
+@torch.no_grad()
 def predict(parts: Parts) -> torch.Tensor:
     """What the stock model makes of a fixed input, loaded as the host loads it for sampling."""
     import comfy.model_management
