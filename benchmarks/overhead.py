@@ -49,11 +49,9 @@ def measure(pack: Any, full: bool, rounds: int, steps: int) -> dict[str, Any]:
     """Ratios of wall and CPU time by number of concepts, and what they were measured on."""
     say(f"building a {'full-size' if full else 'reduced'} SD1.5 UNet of random weights")
     model = random_unet(full)
-    apply, text = pack.module("perfusion.hosts.comfyui.apply"), pack.module("perfusion.hosts.comfyui.text")
+    apply = pack.module("perfusion.hosts.comfyui.apply")
     stack, concepts = pack.module("perfusion.stack").ConceptStack, random_concepts(pack, model, max(COUNTS)).uses
-    variants = {"base": model} | {
-        str(count): apply.apply_to_model(model, stack(concepts[:count]), text.WordUsage()) for count in COUNTS
-    }
+    variants = {"base": model} | {str(count): apply.apply_to_model(model, stack(concepts[:count])) for count in COUNTS}
     size = 64 if full else 32
     context, empty = torch.randn(1, 77, 768), torch.randn(1, 77, 768)
     sampler = pack.nodes["KSampler"]()

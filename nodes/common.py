@@ -24,10 +24,14 @@ def schema(**settings: Any) -> io.Schema:
 @contextmanager
 def naming(node: str, input_name: str | None = None) -> Iterator[None]:
     """Errors that a user can act on begin with the node, and the input where one is at fault."""
-    place = f"{node}, input '{input_name}'" if input_name else node
+
+    def place(error: Exception) -> str:
+        at_fault = getattr(error, "input_name", input_name)
+        return f"{node}, input '{at_fault}'" if at_fault else node
+
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{place(error)}: {error}") from error
     except OSError as error:
-        raise OSError(f"{place}: {error.strerror or error}") from error
+        raise OSError(f"{place(error)}: {error.strerror or error}") from error

@@ -33,10 +33,10 @@ COLUMNS: dict[str, list[list[str]]] = {
         ["sampler", "decode", "save_image"],
     ],
     "two_concepts": [
-        ["checkpoint", "load", "note"],
+        ["checkpoint", "load"],
         ["apply", "positive", "negative", "latent"],
         ["sampler", "decode"],
-        ["save_image"],
+        ["save_image", "note"],
     ],
 }
 GROUPS = {
@@ -45,9 +45,9 @@ GROUPS = {
 }
 NOTES = {
     "train_concept": "1. Choose your checkpoint, and 1 to 10 photos of one thing, each with a mask (white where the "
-    "thing is).\n2. Say what kind of thing it is (super_category) and which word shall stand for it (placeholder).\n"
-    "3. Run. The concept is kept as output/perfusion/my-teddy.safetensors, about 31 KB.\n"
-    "4. Write the placeholder wherever a prompt would name the thing.",
+    "thing is).\n2. Say what kind of thing it is (super-category) and which word shall stand for it (placeholder).\n"
+    "3. Write the placeholder into the prompt, where it would name the thing.\n"
+    "4. Run. The concept is kept in output/perfusion under the placeholder's name, about 31 KB.",
     "two_concepts": "Train two concepts first, or put their files into models/perfusion and press R.\nEach row has its "
     "own switch, strength, bias and temperature. Write both placeholders into the prompt.",
 }

@@ -14,6 +14,12 @@ from ..hosts.base import Host
 LATENT_SCALE = 8
 
 
+class MaskError(ValueError):
+    """A mask that cannot be used with its photo; ``input_name`` is where a user gave it."""
+
+    input_name = "masks"
+
+
 @dataclass(frozen=True)
 class Photos:
     """A concept's photos ready for training, plain and mirrored.
@@ -56,7 +62,7 @@ def prepare(
     if not len(images):
         raise ValueError("no photos to learn from: connect 1 to 10 photos of the thing")
     if masks is not None and len(masks) != len(images):
-        raise ValueError(
+        raise MaskError(
             f"{len(images)} photos but {len(masks)} masks: give one mask for each photo, in the same order, or none"
         )
     latents, weights = [], []
@@ -104,10 +110,10 @@ def _soft(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
         return torch.ones(1, 1, height, width)
     mask = mask.detach().float().cpu()
     if mask.ndim != 2 or 0 in mask.shape or not mask.isfinite().all():
-        raise ValueError(f"mask {number + 1} has shape {tuple(mask.shape)}; it must be (height, width), finite numbers")
+        raise MaskError(f"mask {number + 1} has shape {tuple(mask.shape)}; it must be (height, width), finite numbers")
     mask = interpolate(mask.view(1, 1, *mask.shape).clamp(0, 1), (height, width), mode="bilinear", antialias=True)
     if mask.max() < 0.01:
-        raise ValueError(
+        raise MaskError(
             f"mask {number + 1} is empty: paint the thing in photo {number + 1}, or give no masks at all (Load Image "
             "delivers an empty mask for a picture without transparency; Load Image (as Mask) reads a picture as a mask)"
         )

@@ -300,7 +300,7 @@ class Trainer:
 def require_words(host: TextHost, subject: Subject) -> dict[str, Tensor]:
     """Encoder -> embedding rows (n, width) of the super-category. Raises TrainingError where there are none."""
     rows = host.token_embeddings(subject.super_category)
-    if not all(len(r) for r in rows.values()):
+    if "<" in subject.super_category or not all(len(r) for r in rows.values()):
         raise TrainingError(
             f"super-category {subject.super_category!r} is no word for the text encoder: "
             "write what kind of thing it is, such as teddy bear, cat or chair"

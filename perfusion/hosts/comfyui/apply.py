@@ -18,7 +18,7 @@ from torch import Tensor
 from ...edit import KeyValueEdit
 from ...stack import ConceptStack
 from .structure import projections
-from .text import KEY, KEY_SHIFT, KeyShift, WordUsage
+from .text import KEY, KEY_SHIFT, KeyShift
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +26,14 @@ logger = logging.getLogger(__name__)
 class Applied:
     """What is applied to one patcher, as its attachment; a clone of the patcher gets a copy of its own."""
 
-    def __init__(self, stack: ConceptStack, usages: tuple[WordUsage, ...] = ()):
+    def __init__(self, stack: ConceptStack):
         self.stack = stack
-        self.usages = usages
         self.told_of_fallback = False
         self.edit: KeyValueEdit | None = stack.edit() if len(stack) else None
 
     def on_model_patcher_clone(self) -> Applied:
         """Called by the host when it clones a patcher."""
-        return Applied(self.stack, self.usages)
+        return Applied(self.stack)
 
 
 class _Forward:
@@ -131,8 +130,6 @@ def _with_key_shift(executor: Any, *args: Any, **kwargs: Any) -> Any:
     owner = patcher.get_attachment(KEY) if patcher is not None else None
     if owner is None or owner.edit is None:
         return executor(*args, **kwargs)
-    for usage in owner.usages:
-        usage.warn_of_missing()
     if shift is None and "global" in owner.edit.key_lock.locks and not owner.told_of_fallback:
         owner.told_of_fallback = True
         logger.info(
@@ -146,11 +143,30 @@ def _with_key_shift(executor: Any, *args: Any, **kwargs: Any) -> Any:
         owner.edit.key_lock.shift = None
 
 
-def _with_own_shifts(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Before sampling, takes the shift from conditionings that other nodes have joined, blended or blanked since.
+def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) -> None:
+    """Name the concepts whose gate no token of any prompt opens by half."""
+    encodings = [conditioning.get("cross_attn") for some in conds.values() for conditioning in some]
+    encodings = [encoding for encoding in encodings if encoding is not None]
+    if owner.edit is None or not encodings:
+        return
+    gates = [owner.edit.directions.to(e.device).gates(e)[1].amax(dim=(0, 1)).cpu() for e in encodings]
+    widest = torch.stack(gates).amax(dim=0)
+    shut = [word for word, gate in zip(owner.stack.placeholders, widest, strict=True) if gate < 0.5]
+    if shut:
+        logger.warning(
+            "%s will not appear: no prompt of this run contains the word, or its gate stays shut. Write the word into "
+            "the text, in a text node that is connected to the CLIP of Apply Concepts, or lower its bias.",
+            ", ".join(shut),
+        )
 
-    The shift belongs to one encoding only; without it their keys are locked locally.
+
+def _before_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Before sampling, says which concepts cannot appear, and takes the shift from conditionings that other nodes have
+    joined, blended or blanked since: it belongs to one encoding only; without it their keys are locked locally.
     """
+    owner = executor.class_obj.model_patcher.get_attachment(KEY)
+    if owner is not None:
+        _warn_of_shut_gates(owner, getattr(executor.class_obj, "conds", {}))
     for conditionings in getattr(executor.class_obj, "conds", {}).values():
         for conditioning in conditionings:
             shift = conditioning.get("model_conds", {}).get(KEY_SHIFT)
@@ -160,7 +176,7 @@ def _with_own_shifts(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return executor(*args, **kwargs)
 
 
-_WRAPPERS = {WrappersMP.APPLY_MODEL: _with_key_shift, WrappersMP.OUTER_SAMPLE: _with_own_shifts}
+_WRAPPERS = {WrappersMP.APPLY_MODEL: _with_key_shift, WrappersMP.OUTER_SAMPLE: _before_sampling}
 
 
 def attach(patcher: Any, applied: Applied) -> None:
@@ -186,7 +202,7 @@ def detach(patcher: Any) -> None:
         patcher.remove_wrappers_with_key(kind, KEY)
 
 
-def apply_to_model(model: Any, stack: ConceptStack, usage: WordUsage) -> Any:
+def apply_to_model(model: Any, stack: ConceptStack) -> Any:
     """A clone of the MODEL with these concepts added to those it carries; with nothing to add, it stays the host's own.
 
     Raises StackError and ParallelConceptsError for concepts that cannot be used together.
@@ -195,6 +211,5 @@ def apply_to_model(model: Any, stack: ConceptStack, usage: WordUsage) -> Any:
     stack = stack.active
     if len(stack):
         before = model.get_attachment(KEY) or Applied(ConceptStack())
-        usage.expect(stack.placeholders)
-        attach(clone, Applied(before.stack + stack, (*before.usages, usage)))
+        attach(clone, Applied(before.stack + stack))
     return clone

@@ -7,7 +7,7 @@ from typing import Any
 from ...stack import ConceptStack, StackError
 from .apply import apply_to_model
 from .structure import family_of
-from .text import WordUsage, apply_to_clip
+from .text import apply_to_clip
 
 
 def apply_concepts(model: Any, clip: Any, stack: ConceptStack) -> tuple[Any, Any]:
@@ -24,5 +24,4 @@ def apply_concepts(model: Any, clip: Any, stack: ConceptStack) -> tuple[Any, Any
                 f"{concept.placeholder} does not fit this model: {difference}. "
                 "Load a checkpoint of the concept's family, or train the concept on this one."
             )
-    usage = WordUsage()
-    return apply_to_model(model, stack, usage), apply_to_clip(clip, stack, usage)
+    return apply_to_model(model, stack), apply_to_clip(clip, stack)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,8 +16,6 @@ from ...hosts.base import Encodings, Word
 from ...locking import twin
 from ...stack import ConceptStack
 from .structure import encoder_widths
-
-logger = logging.getLogger(__name__)
 
 KEY = "perfusion"
 KEY_SHIFT = "perfusion_key_shift"
@@ -47,12 +44,11 @@ class TaughtTokenizer:
     """A CLIP tokenizer that knows further words; everything else is the original's.
 
     ``words`` maps a placeholder to what its tokens become: ids, or embedding rows, which the host's encoders take in
-    place of ids. ``seen`` is told of each such word that a text contains.
+    place of ids.
     """
 
-    def __init__(self, original: Any, words: Mapping[str, Sequence[Any]], seen: Callable[[str], None] | None = None):
+    def __init__(self, original: Any, words: Mapping[str, Sequence[Any]]):
         self._original = original
-        self._seen = seen
         self._words = {word.lower(): list(tokens) for word, tokens in words.items()}
         longest_first = sorted(self._words, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
@@ -67,8 +63,6 @@ class TaughtTokenizer:
             word = piece.lower()
             if word in self._words:
                 ids += self._words[word]
-                if self._seen is not None:
-                    self._seen(word)
             elif piece.strip():
                 ids += _without_ends(self._original, piece)
         return {"input_ids": ids + list(self._end)}
@@ -96,15 +90,13 @@ def _without_ends(tokenizer: Any, text: str) -> list[Any]:
     return ids[len(start) : len(ids) - len(end)]
 
 
-def taught(
-    clip: Any, words: Mapping[str, Mapping[str, Sequence[Any]]], seen: Callable[[str], None] | None = None
-) -> Any:
+def taught(clip: Any, words: Mapping[str, Mapping[str, Sequence[Any]]]) -> Any:
     """A tokenizer that knows ``words``: placeholder -> encoder -> tokens. The CLIP's own is left as it is."""
     tokenizer = copy.copy(clip.tokenizer)
     for encoder in encoder_widths(clip):
         own = copy.copy(getattr(tokenizer, encoder))
         stand_ins = {word: tokens[encoder] for word, tokens in words.items()}
-        own.tokenizer = TaughtTokenizer(own.tokenizer, stand_ins, seen)
+        own.tokenizer = TaughtTokenizer(own.tokenizer, stand_ins)
         setattr(tokenizer, encoder, own)
     return tokenizer
 
@@ -170,29 +162,6 @@ def _escaped(prompt: str) -> str:
     return prompt.replace("(", "\\(").replace(")", "\\)")
 
 
-class WordUsage:
-    """Which concepts' words have been seen in prompts: shared by a MODEL and the CLIP that concepts were put on."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-        self._expected: list[str] = []
-
-    def expect(self, words: Sequence[str]) -> None:
-        """Words that prompts should contain."""
-        self._expected = list(words)
-
-    def warn_of_missing(self) -> None:
-        """Say once, when sampling begins, which concepts cannot appear because no prompt names them."""
-        missing = [word for word in self._expected if word not in self.seen]
-        self._expected = []
-        if missing:
-            logger.warning(
-                "No prompt contains %s, so the concept will not appear: write the word into the text, in a text node "
-                "that is connected to the CLIP of Apply Concepts.",
-                ", ".join(missing),
-            )
-
-
 class Words:
     """The concepts a CLIP has been taught, as the attachment of its patcher."""
 
@@ -206,7 +175,7 @@ class Words:
         return Words(self.stack)
 
 
-def apply_to_clip(clip: Any, stack: ConceptStack, usage: WordUsage) -> Any:
+def apply_to_clip(clip: Any, stack: ConceptStack) -> Any:
     """A clone of the CLIP that knows the words of these concepts, added to those it was taught before."""
     clone = clip.clone()
     stack = stack.active
@@ -223,7 +192,6 @@ def apply_to_clip(clip: Any, stack: ConceptStack, usage: WordUsage) -> Any:
             }
             for use in stack.uses
         },
-        usage.seen.add,
     )
     clone.patcher.set_attachments(KEY, Words(together))
     if any(use.lock == "global" for use in together.uses):
