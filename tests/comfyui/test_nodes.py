@@ -312,7 +312,7 @@ def test_changes_train_again(comfy_host: ComfyHost, photo_node: None) -> None:
         ({"placeholder": "<my teddy>"}, "Train Concept, input 'placeholder'"),
         ({"super_category": ""}, "Train Concept.*super-category"),
         ({"super_category": "  "}, "Train Concept.*super-category"),
-        ({"masks": 1}, "Train Concept, input 'images'.*mask"),
+        ({"masks": 1}, "Train Concept, input 'masks'.*mask"),
         ({"count": 0, "masks": 0}, "Train Concept, input 'images'"),
         ({"captions": "a photo without the word"}, "Train Concept"),
     ],
