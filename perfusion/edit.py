@@ -171,19 +171,23 @@ class Directions:
         with _full_precision(context.device):
             parts = context.float() @ self.detector
             r, subtracted = parts.chunk(2, dim=-1)
-            opened = gate(r, self.bias, self.temperature)
+            opened = self._opened(r)
             if self.any_preserving:
-                kept = preserving_gate(r, self.bias, self.temperature)
-                opened = torch.where(self.preserving, kept, opened)
-                subtracted = torch.where(self.preserving, kept, subtracted)
+                subtracted = torch.where(self.preserving, opened, subtracted)
             return -self.strength * subtracted, self.strength * opened
 
     def gates(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32."""
         with _full_precision(context.device):
             r = context.float() @ self.detector[:, : len(self)]
+        return r, self._opened(r)
+
+    def _opened(self, r: Tensor) -> Tensor:
+        """Each concept's gate by its own form: (..., j) -> (..., j)."""
         opened = gate(r, self.bias, self.temperature)
-        return r, torch.where(self.preserving, preserving_gate(r, self.bias, self.temperature), opened)
+        if not self.any_preserving:
+            return opened
+        return torch.where(self.preserving, preserving_gate(r, self.bias, self.temperature), opened)
 
 
 class _Remembered:
@@ -288,7 +292,7 @@ class KeyValueEdit:
         return value
 
     def _compute(self, context: Tensor) -> dict[str, Tensor]:
-        subtracted, opened = self._directions(context.device).coefficients(context)
+        subtracted, opened = self.directions_on(context.device).coefficients(context)
         value = {"v": torch.cat([subtracted, opened], dim=-1).to(context.dtype)}
         shifted = self.key_lock.shifted(context)
         if shifted is not None:
@@ -300,7 +304,8 @@ class KeyValueEdit:
             value["k"] = value["v"] * torch.tensor(locally * 2, dtype=context.dtype, device=context.device)
         return value
 
-    def _directions(self, device: torch.device) -> Directions:
+    def directions_on(self, device: torch.device) -> Directions:
+        """The text side on a device, moved there once."""
         if device not in self._directions_on:
             self._directions_on[device] = self.directions.to(device)
         return self._directions_on[device]

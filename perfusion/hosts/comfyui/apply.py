@@ -149,7 +149,7 @@ def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) 
     encodings = [encoding for encoding in encodings if encoding is not None]
     if owner.edit is None or not encodings:
         return
-    gates = [owner.edit.directions.to(e.device).gates(e)[1].amax(dim=(0, 1)).cpu() for e in encodings]
+    gates = [owner.edit.directions_on(e.device).gates(e)[1].amax(dim=(0, 1)).cpu() for e in encodings]
     widest = torch.stack(gates).amax(dim=0)
     shut = [word for word, gate in zip(owner.stack.placeholders, widest, strict=True) if gate < 0.5]
     if shut:
