@@ -91,7 +91,10 @@ class Host(TextHost, Protocol):
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Photos (b, height, width, 3) in 0..1 -> latents (b, c, height / 8, width / 8), scaled as the network sees."""
+        """Photos (b, height, width, 3) in 0..1 -> latents (b, c, h, w), scaled as the network sees them.
+
+        h and w are height and width over the scale of the image encoder: 8 for Stable Diffusion, but not for all.
+        """
         ...
 
     def noise_levels(self) -> Tensor:

@@ -11,8 +11,6 @@ from torch.nn.functional import interpolate
 
 from ..hosts.base import Host
 
-LATENT_SCALE = 8
-
 
 class MaskError(ValueError):
     """A mask that cannot be used with its photo; ``input_name`` is where a user gave it."""

@@ -1,0 +1,88 @@
+"""Pictures without a pipeline call: a plain sampler, the same seed the same picture whatever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...edit import KeyValueEdit
+from ...stack import ConceptStack
+from ..base import Encodings
+from .host import DiffusersHost
+from .structure import require_fit
+
+
+def draw(
+    host: DiffusersHost,
+    stack: ConceptStack,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance: float = 7.5,
+    size: int | tuple[int, int] = 512,
+    negative: str = "",
+    batch: int = 4,
+) -> Tensor:
+    """One picture for each prompt and its seed: (b, height, width, 3) in 0..1, on the CPU.
+
+    DDIM without noise of its own, which is Euler's method here, with classifier-free guidance. Each picture's noise is
+    drawn on the CPU from its own seed. ``size`` is in pixels, one side or (height, width); ``batch`` pictures are
+    computed at once.
+
+    Raises ValueError for unequal numbers of prompts and seeds or a size that is no multiple of the latent scale,
+    StackError for a concept of another family, ParallelConceptsError for concepts that cannot be told apart.
+    """
+    if len(prompts) != len(seeds) or not len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed for each prompt")
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps is {steps} and batch is {batch}; both must be at least 1")
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if any(side < 1 or side % host.latent_scale for side in sides):
+        raise ValueError(f"size is {size}; it must be a multiple of {host.latent_scale}")
+    stack = stack.active
+    require_fit(host.family, stack)
+    edit = stack.edit() if len(stack) else None
+    shape = (host.unet.config.in_channels, *(side // host.latent_scale for side in sides))
+    pictures = []
+    with torch.no_grad(), host.edits():
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            noise = torch.stack([_noise(seed, shape) for seed in seeds[part]]).to(host.device)
+            text = _encode(host, stack, [*prompts[part], *([negative] * len(noise) if guidance != 1 else [])], edit)
+            pictures.append(host.decode_latents(_sample(host, noise, text, edit, steps, guidance)))
+    return torch.cat(pictures)
+
+
+def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _encode(host: DiffusersHost, stack: ConceptStack, prompts: list[str], edit: KeyValueEdit | None) -> Encodings:
+    """The prompts' encodings, where the network computes; the edit is told their shift."""
+    context, shift = host.text.encode_stack(prompts, stack)
+    # The very tensor that every step hands over: what follows from it is computed once.
+    context = context.to(host.device, host.unet.dtype)
+    if edit is not None:
+        edit.key_lock.shift = None if shift is None else shift.to(context)
+    nothing = torch.zeros(context.shape[:2], dtype=torch.bool)
+    return Encodings(context, nothing, nothing)
+
+
+def _sample(
+    host: DiffusersHost, noise: Tensor, text: Encodings, edit: KeyValueEdit | None, steps: int, guidance: float
+) -> Tensor:
+    """Latents (b, c, h, w) from unit noise. ``text`` holds the prompts and, where guided, the negative ones behind."""
+    levels = host.noise_levels()
+    timesteps = torch.linspace(len(levels) - 1, 0, steps).round().long()
+    sigmas = torch.cat([levels[timesteps], levels.new_zeros(1)]).to(host.device)
+    copies = len(text.context) // len(noise)
+    x = noise * (1 + sigmas[0] ** 2).sqrt()
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        estimate = host.denoise(x.repeat(copies, 1, 1, 1), sigma.repeat(copies * len(x)), text, edit)
+        if copies == 2:
+            wanted, unwanted = estimate.chunk(2)
+            estimate = unwanted + guidance * (wanted - unwanted)
+        x = estimate + (x - estimate) * (following / sigma)
+    return x

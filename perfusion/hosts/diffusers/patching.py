@@ -1,0 +1,95 @@
+"""Other methods for single objects, for a time: how edits are put over a network's projections and taken off again.
+
+The forward of whatever module stands at ``attn2.to_k`` or ``attn2.to_v`` is replaced on the instance, never the module:
+a low-rank adapter that has taken its place keeps working, and so do offloading hooks, attention processors and
+state-dict keys. Weights are read only by calling the replaced forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...edit import KeyValueEdit
+from .structure import cross_attentions
+
+
+@contextmanager
+def replaced(thing: Any, name: str, replacement: Any) -> Iterator[None]:
+    """Another method ``name`` on this one object for the time of the block."""
+    own = vars(thing).get(name)
+    setattr(thing, name, replacement)
+    try:
+        yield
+    finally:
+        # Under somebody else's replacement that was laid over it since, ours stays where it is.
+        if vars(thing).get(name) is replacement:
+            if own is None:
+                delattr(thing, name)
+            else:
+                setattr(thing, name, own)
+
+
+class _Forward:
+    """Stands in for the forward of one projection."""
+
+    def __init__(self, owner: EditedProjections, layer: str, path: Any, previous: Callable[..., Tensor]):
+        self.owner = owner
+        self.layer = layer
+        self.path = path
+        self.previous = previous
+
+    def __call__(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        edit = self.owner.edit
+        if edit is None:
+            return self.previous(context, *args, **kwargs)
+        if self.owner.shift_of is not None:
+            edit.key_lock.shift = self.owner.shift_of(context)
+        return edit.project(self.layer, self.path, context, self.previous)
+
+
+class EditedProjections:
+    """The key and value projections of a UNet's cross-attention, and the edit that is in force on them.
+
+    ``edit`` counts while ``installed()``; with None the network is as ever. ``shift_of`` finds the shift that belongs
+    to a context, for globally locked keys; without it the shift is whatever the edit's key lock holds.
+    """
+
+    def __init__(self, unet: torch.nn.Module, shift_of: Callable[[Tensor], Tensor | None] | None = None):
+        self.edit: KeyValueEdit | None = None
+        self.shift_of = shift_of
+        self._unet = unet
+        self._installed = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Puts the edit over the projections for the time of the outermost such block; leaves nothing patched.
+
+        Raises RuntimeError when concepts are applied to the network already.
+        """
+        if self._installed:
+            yield
+            return
+        with ExitStack() as stack:
+            for layer, attention in cross_attentions(self._unet):
+                for path, module in (("k", attention.to_k), ("v", attention.to_v)):
+                    _require_free(module)
+                    stack.enter_context(replaced(module, "forward", _Forward(self, layer, path, module.forward)))
+            self._installed = True
+            try:
+                yield
+            finally:
+                self._installed, self.edit = False, None
+
+
+def _require_free(projection: torch.nn.Module) -> None:
+    present = vars(projection).get("forward")
+    if isinstance(present, _Forward) and present.owner._installed:
+        raise RuntimeError(
+            "concepts are applied to this pipeline already. Leave that block first; to use more concepts at once, "
+            "apply one stack that holds them all (first + second)."
+        )

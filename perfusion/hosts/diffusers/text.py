@@ -1,0 +1,204 @@
+"""Prompts with words in them: tokens, encodings, and the shift that global key locking needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.utils.constants import USE_PEFT_BACKEND
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor
+
+from ...locking import twin
+from ...stack import ConceptStack
+from ..base import Encodings, Word
+from .patching import replaced
+from .structure import encoder_name, family_of, require_fit
+
+
+class Token(NamedTuple):
+    """A token id; or, with ``row`` from 0 on, the place of an embedding row. ``word`` and ``place`` say which
+    placeholder it stands for, and where in it."""
+
+    id: int
+    word: str = ""
+    place: int = 0
+    row: int = -1
+
+
+class ClipText:
+    """A CLIP text encoder and its tokenizer."""
+
+    def __init__(self, text_encoder: Any, tokenizer: Any):
+        self._encoder = text_encoder
+        self._tokenizer = tokenizer
+        self.name = encoder_name(self._table.weight.shape[-1])
+        self.length = int(text_encoder.config.max_position_embeddings)
+        self._start, self._end = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
+        padding = tokenizer.pad_token_id
+        self._padding = self._end if padding is None else int(padding)
+
+    @property
+    def table(self) -> Tensor:
+        """The embedding table (vocabulary, width)."""
+        return self._table.weight
+
+    @property
+    def _table(self) -> Any:
+        return self._encoder.get_input_embeddings()
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, without start and end: as many as the encoder could see."""
+        settings = {"add_special_tokens": False, "truncation": True, "max_length": self.length}
+        return list(self._tokenizer(text, **settings)["input_ids"])
+
+    def tokens(self, prompt: str, words: Mapping[str, Sequence[Token]]) -> list[Token]:
+        """The tokens of a prompt as the encoder takes them: start, the first that fit, end and padding: ``length``.
+
+        ``words`` maps placeholders, in lower case, to what stands in their place.
+        """
+        tokens: list[Token] = []
+        for piece in _split(prompt, words):
+            if piece.lower() in words:
+                tokens += words[piece.lower()]
+            elif piece.strip():
+                tokens += [Token(id_) for id_ in self.ids(piece)]
+        tokens = [Token(self._start), *tokens[: self.length - 2], Token(self._end)]
+        return tokens + [Token(self._padding)] * (self.length - len(tokens))
+
+    def padding(self, tokens: Sequence[Token]) -> list[bool]:
+        """Which tokens stand behind the first end token."""
+        ends = [m for m, token in enumerate(tokens) if m > 0 and token.row < 0 and token.id == self._end]
+        first = ends[0] if ends else len(tokens)
+        return [m > first for m in range(len(tokens))]
+
+    def encode(
+        self, prompts: Sequence[Sequence[Token]], rows: Tensor | None = None, clip_skip: int | None = None
+    ) -> Tensor:
+        """Encodings (b, m, d) of prompts as ``tokens`` makes them, differentiable with respect to ``rows`` (n, d).
+
+        ``clip_skip`` is how many of the last layers are left out, as diffusers counts them.
+        """
+        device = self.table.device if self.table.device.type != "meta" else torch.device("cpu")
+        ids = torch.tensor([[token.id for token in tokens] for tokens in prompts], device=device)
+        index = torch.tensor([[token.row for token in tokens] for tokens in prompts])
+        embed = self._table.forward
+
+        def embed_with_rows(input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            embedded = embed(input_ids, *args, **kwargs)
+            if rows is None:
+                return embedded
+            where = index.to(embedded.device)
+            own = rows.to(embedded)[where.clamp_min(0)]
+            return torch.where((where >= 0).unsqueeze(-1), own, embedded)
+
+        # The encoder itself takes ids alone; the mask, positions and norm stay its own.
+        with replaced(self._table, "forward", embed_with_rows):
+            if clip_skip is None:
+                return self._encoder(ids).last_hidden_state
+            states = self._encoder(ids, output_hidden_states=True).hidden_states
+        return getattr(self._encoder, "text_model", self._encoder).final_layer_norm(states[-(clip_skip + 1)])
+
+    def encode_word(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
+        """See ``TextHost.encode``."""
+        words: dict[str, list[Token]] = {}
+        rows = None
+        if word is not None and word.embeddings is not None:
+            rows = word.embeddings[self.name]
+            words[word.placeholder] = self._row_tokens(word.placeholder, len(rows), 0)
+        elif word is not None:
+            words[word.placeholder] = [Token(id_, word.placeholder, k) for k, id_ in enumerate(self.ids(word.text))]
+        tokens = [self.tokens(prompt, words) for prompt in prompts]
+        return Encodings(
+            self.encode(tokens, rows).float(),
+            torch.tensor([[bool(token.word) for token in prompt] for prompt in tokens]),
+            torch.tensor([self.padding(prompt) for prompt in tokens]),
+        )
+
+    def encode_stack(
+        self, prompts: Sequence[str], stack: ConceptStack, clip_skip: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Prompts with the words of these concepts: ``context`` (b, m, d), and the shift of global key locking.
+
+        The shift (b, m, d) is the encoding with super-categories in place minus the encoding: zero for prompts without
+        such words, None where no concept's keys are locked globally.
+        """
+        words: dict[str, list[Token]] = {}
+        rows: list[Tensor] = []
+        for concept in stack.concepts:
+            first = sum(map(len, rows))
+            rows.append(concept.embeddings[self.name])
+            words[concept.placeholder] = self._row_tokens(concept.placeholder, len(rows[-1]), first)
+        tokens = [self.tokens(prompt, words) for prompt in prompts]
+        stacked = torch.cat(rows) if rows else None
+        context = self.encode(tokens, stacked, clip_skip)
+        locked = {
+            use.concept.placeholder: [Token(id_) for id_ in self.ids(use.concept.super_category)]
+            for use in stack.uses
+            if use.lock == "global"
+        }
+        if not locked:
+            return context, None
+        twins, index, found = [], [], False
+        for prompt in tokens:
+            replacements = [_replacement(token, locked) for token in prompt]
+            found = found or any(replacement is not None for replacement in replacements)
+            new, places = twin(prompt, replacements, self.length)
+            twins.append(new)
+            index.append(places)
+        if not found:
+            return context, torch.zeros_like(context)
+        other = self.encode(twins, stacked, clip_skip)
+        places = torch.tensor(index, device=other.device).unsqueeze(-1)
+        gathered = other.gather(1, places.clamp_min(0).expand_as(other))
+        return context, torch.where(places >= 0, gathered - context, torch.zeros_like(context))
+
+    def _row_tokens(self, placeholder: str, count: int, first: int) -> list[Token]:
+        # The id beneath a row is looked up too: any that the table has.
+        return [Token(self._padding, placeholder, k, first + k) for k in range(count)]
+
+    @contextmanager
+    def lora_scaled(self, scale: float | None) -> Iterator[None]:
+        """The encoder's low-rank adapters at another strength for the time of the block."""
+        if scale is None or not USE_PEFT_BACKEND:
+            yield
+            return
+        scale_lora_layers(self._encoder, scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(self._encoder, scale)
+
+
+def encode_prompts(
+    pipeline: Any, prompts: Sequence[str], stack: ConceptStack, clip_skip: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Encode prompts with the words of these concepts by a pipeline, or a host: see ``ClipText.encode_stack``.
+
+    Raises UnsupportedPipelineError for other pipelines, StackError for a concept of another family.
+    """
+    require_fit(family_of(pipeline), stack)
+    return ClipText(pipeline.text_encoder, pipeline.tokenizer).encode_stack(prompts, stack, clip_skip)
+
+
+def contains_word(prompts: Sequence[str], stack: ConceptStack) -> bool:
+    """Whether the word of any concept stands in any of the prompts."""
+    return any(word in prompt.lower() for prompt in prompts for word in stack.placeholders)
+
+
+def _split(prompt: str, words: Mapping[str, Any]) -> list[str]:
+    """A prompt in pieces, each a placeholder or what stands between."""
+    if not words:
+        return [prompt]
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", prompt, flags=re.IGNORECASE)
+
+
+def _replacement(token: Token, super_categories: Mapping[str, list[Token]]) -> list[Token] | None:
+    """What stands in the twin for a token: None for itself."""
+    if token.word not in super_categories:
+        return None
+    return [] if token.place else super_categories[token.word]
