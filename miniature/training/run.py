@@ -1,0 +1,142 @@
+"""One training run: optimizer, moving average, learning-rate schedule, progress bar, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from perfusion.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """Trains named networks with AdamW and keeps a moving average of their weights.
+
+    Every random choice of a step comes from ``generator(step)``, so a run that was interrupted goes on as if it had
+    not been. The learning rate rises for ``warmup`` steps, stays, and falls to zero over the last ``decay`` share.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        networks: Mapping[str, nn.Module],
+        *,
+        steps: int,
+        rate: float,
+        seed: int = 0,
+        warmup: int = 200,
+        decay: float = 0.3,
+        ema: float = 0.999,
+        weight_decay: float = 0.01,
+        save_every: int = 250,
+    ):
+        self.path = folder / "checkpoint.safetensors"
+        self.networks = dict(networks)
+        self.steps, self.rate, self.seed = steps, rate, seed
+        self.warmup, self.decay, self.ema, self.save_every = warmup, decay, ema, save_every
+        self.step = 0
+        self.losses: list[float] = []
+        self._named = {f"{name}.{k}": p for name, net in self.networks.items() for k, p in net.named_parameters()}
+        self.average = {name: p.detach().clone() for name, p in self._named.items()}
+        decayed = [p for p in self._named.values() if p.ndim > 1]
+        others = [p for p in self._named.values() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            lr=rate,
+            betas=(0.9, 0.99),
+            weight_decay=weight_decay,
+        )
+        if self.path.exists():
+            self._load()
+
+    def generator(self, step: int) -> torch.Generator:
+        """The randomness of one step."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+    def train(self, loss_of: Callable[[torch.Generator], Tensor], look: Callable[[int], None] | None = None) -> None:
+        """Run to the last step. ``look(step)`` is called after each checkpoint.
+
+        Ctrl-C keeps what was learned; the same command goes on from there.
+        """
+        done = False
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.path.parent.name, unit="step", smoothing=0.02)
+        try:
+            while self.step < self.steps:
+                rate = self.rate * self._schedule(self.step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = loss_of(self.generator(self.step))
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(self._named.values(), 1.0)
+                if not torch.isfinite(norm):
+                    raise FloatingPointError(f"step {self.step}: the gradient is not finite; lower --rate")
+                self.optimizer.step()
+                self.step += 1
+                self._follow()
+                self.losses.append(float(loss.detach()))
+                bar.update()
+                if self.step % 20 == 0:
+                    bar.set_postfix(loss=f"{sum(self.losses[-100:]) / len(self.losses[-100:]):.4f}", lr=f"{rate:.1e}")
+                if self.step % self.save_every == 0:
+                    self.save()
+                    if look is not None:
+                        look(self.step)
+            done = True
+        finally:
+            bar.close()
+            if not done:
+                self.save()
+                logger.warning("stopped at step %d; %s has it: the same command goes on", self.step, self.path)
+        self.save()
+
+    def averaged(self) -> dict[str, dict[str, Tensor]]:
+        """Network name -> its state dict with averaged weights."""
+        return {
+            name: {k: self.average.get(f"{name}.{k}", v).detach().clone() for k, v in net.state_dict().items()}
+            for name, net in self.networks.items()
+        }
+
+    def save(self) -> None:
+        """Write everything that the next step depends on, atomically."""
+        tensors = {f"weight.{k}": p.detach().contiguous() for k, p in self._named.items()}
+        tensors |= {f"average.{k}": p.contiguous() for k, p in self.average.items()}
+        for key, parameter in self._named.items():
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone().contiguous()
+        summary = {"step": str(self.step), "losses": json.dumps([round(loss, 6) for loss in self.losses])}
+        write_atomically(self.path, tensors, summary, overwrite=True)
+
+    def _load(self) -> None:
+        with safe_open(self.path, "pt") as file:
+            summary = file.metadata()
+            for key, parameter in self._named.items():
+                parameter.data.copy_(file.get_tensor(f"weight.{key}"))
+                self.average[key].copy_(file.get_tensor(f"average.{key}"))
+            names = list(file.keys())
+            kinds = {name.split(".")[1] for name in names if name.startswith("optimizer.")}
+            for key, parameter in self._named.items():
+                state = {kind: file.get_tensor(f"optimizer.{kind}.{key}").to(parameter.device) for kind in kinds}
+                if "step" in state:
+                    state["step"] = state["step"].cpu()
+                self.optimizer.state[parameter] = state
+        self.step, self.losses = int(summary["step"]), json.loads(summary["losses"])
+        logger.warning("going on at step %d of %s", self.step, self.path)
+
+    def _schedule(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / self.warmup)
+        return rise * min(1.0, (self.steps - step) / max(1, round(self.steps * self.decay)))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        weight = 1 - min(self.ema, (self.step + 1) / (self.step + 10))
+        averages, parameters = list(self.average.values()), [p.detach() for p in self._named.values()]
+        torch._foreach_lerp_(averages, parameters, weight)

@@ -1,0 +1,61 @@
+"""The text encoder and its image tower, trained contrastively on scenes and captions written anew at each step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .. import tokenizer as tokens
+from ..captions import NEUTRAL_SENTENCES, caption
+from ..data import pool, pool_scene, to_network
+from ..networks import TOKENS, contrastive
+from ..weights import FOLDER
+from .run import Run
+
+_LONG = 0.04  # share of batches with captions of up to 77 tokens, so that no position stays untrained
+
+
+def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> None:
+    """Train on ``pictures`` scenes; the checkpoint goes to ``cache/text``."""
+    torch.manual_seed(0)
+    tokenizer = tokens.load(FOLDER / "tokenizer")
+    model = contrastive(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    model.set_attn_implementation("eager")
+    run = Run(cache / "text", {"clip": model}, steps=steps, rate=rate, ema=0.998, weight_decay=0.05)
+    data = pool(cache, "train", pictures)
+    scenes = [pool_scene("train", k) for k in range(pictures)]
+    # Half of each batch shows the same kinds of things: there only color, place and accessory tell captions apart.
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for k, seen in enumerate(scenes):
+        alike[tuple(sorted(thing.category for thing in seen.things))].append(k)
+    groups = sorted(group for group in alike if len(alike[group]) >= batch // 2)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        rng = Random(int(torch.randint(2**62, (1,), generator=generator)))
+        group = alike[rng.choice(groups)]
+        index = [*rng.sample(range(pictures), batch - batch // 2), *rng.sample(group, min(len(group), batch // 2))]
+        texts = [caption(rng, scenes[k], detail=0.85).text for k in index]
+        if rng.random() < _LONG:
+            texts = [_lengthened(rng, text) for text in texts]
+        encoded = tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(
+                input_ids=encoded.input_ids, attention_mask=None, pixel_values=to_network(data[torch.tensor(index)])
+            )
+        logits = out.logits_per_text.float()
+        target = torch.arange(len(index))
+        return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+    run.train(loss_of)
+
+
+def _lengthened(rng: Random, text: str) -> str:
+    """A caption with sentences before and behind it that say nothing of the picture."""
+    before = [rng.choice(NEUTRAL_SENTENCES) for _ in range(rng.randint(0, 5))]
+    behind = [rng.choice(NEUTRAL_SENTENCES) for _ in range(rng.randint(4, 9))]
+    return ", ".join([*before, text, *behind])

@@ -1,0 +1,86 @@
+"""The denoiser: predicts the noise in latents of scenes from captions written anew at each step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from perfusion.files import write_atomically
+
+from .. import networks
+from .. import tokenizer as tokens
+from ..captions import caption
+from ..data import pool, pool_scene, to_network
+from ..weights import FOLDER, load_text_encoder, load_vae
+from .run import Run
+
+DROPPED = 0.1  # share of captions left empty, for classifier-free guidance
+MIN_SNR = 5.0  # Hang et al. 2023: noise levels that are easy count less
+
+
+def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compiled: bool) -> None:
+    """Train on ``pictures`` scenes with the finished VAE and text encoder; the checkpoint goes to ``cache/unet``."""
+    torch.manual_seed(0)
+    mean, std = latents(cache, pictures)
+    scenes = [pool_scene("train", k) for k in range(pictures)]
+    tokenizer, text_encoder = tokens.load(FOLDER / "tokenizer"), load_text_encoder()
+    unet = networks.unet().to(memory_format=torch.channels_last)
+    unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward pass is slow on CPUs
+    run = Run(cache / "unet", {"unet": unet}, steps=steps, rate=rate, ema=0.9995, save_every=200)
+    signal = alphas_cumprod()
+    snr = signal / (1 - signal)
+    weights = snr.clamp_max(MIN_SNR) / snr
+
+    def objective(noisy: Tensor, timestep: Tensor, context: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+        predicted = unet(noisy, timestep, context, return_dict=False)[0].float()
+        return (((predicted - noise) ** 2).mean(dim=(1, 2, 3)) * weight).mean()
+
+    objective_of = torch.compile(objective) if compiled else objective
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        index = torch.randint(pictures, (batch,), generator=generator)
+        rng = Random(int(torch.randint(2**62, (1,), generator=generator)))
+        texts = ["" if rng.random() < DROPPED else caption(rng, scenes[k]).text for k in index.tolist()]
+        encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            context = text_encoder(encoded.input_ids).last_hidden_state
+        noise, drawn = (torch.randn(batch, 4, 16, 16, generator=generator) for _ in range(2))
+        x0 = mean[index].float() + std[index].float() * drawn
+        timestep = torch.randint(networks.TRAINING_TIMESTEPS, (batch,), generator=generator)
+        a = signal[timestep].view(-1, 1, 1, 1)
+        noisy = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            return objective_of(noisy, timestep, context.float(), noise, weights[timestep])
+
+    run.train(loss_of)
+
+
+def alphas_cumprod() -> Tensor:
+    """How much signal is left at each timestep, (1000,)."""
+    beta = torch.linspace(networks.BETA_START**0.5, networks.BETA_END**0.5, networks.TRAINING_TIMESTEPS) ** 2
+    return (1 - beta).cumprod(0)
+
+
+def latents(cache: Path, pictures: int) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations (n, 4, 16, 16), float16, of the scaled latents of the training scenes."""
+    vae = load_vae()
+    path = cache / f"latents-{pictures}.safetensors"
+    if path.exists():
+        stored = load_file(path)
+        return stored["mean"], stored["std"]
+    data, means, stds = pool(cache, "train", pictures), [], []
+    vae = vae.to(memory_format=torch.channels_last)
+    for part in tqdm(data.split(100), desc="encoding", unit="x100"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(to_network(part).contiguous(memory_format=torch.channels_last)).latent_dist
+        means.append((posterior.mean.float() * vae.config.scaling_factor).half())
+        stds.append((posterior.std.float() * vae.config.scaling_factor).half())
+    mean, std = torch.cat(means).contiguous(), torch.cat(stds).contiguous()
+    write_atomically(path, {"mean": mean, "std": std}, {}, overwrite=True)
+    return mean, std

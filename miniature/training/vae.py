@@ -1,0 +1,46 @@
+"""The autoencoder: pictures to latents of a quarter of their size, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import l1_loss
+
+from ..data import pool, to_network
+from ..networks import autoencoder
+from .run import Run
+
+KL_WEIGHT = 3e-4
+
+
+def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compiled: bool) -> None:
+    """Train on ``pictures`` scenes; the checkpoint goes to ``cache/vae``."""
+    torch.manual_seed(0)
+    data = pool(cache, "train", pictures)
+    vae = autoencoder().to(memory_format=torch.channels_last)
+    run = Run(cache / "vae", {"vae": vae}, steps=steps, rate=rate, ema=0.998)
+
+    def objective(x: Tensor, noise: Tensor) -> Tensor:
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * noise
+        y = vae.decode(z, return_dict=False)[0].float()
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        edges = l1_loss(_edges(y, 2), _edges(x, 2)) + l1_loss(_edges(y, 3), _edges(x, 3))
+        return l1_loss(y, x) + 0.5 * edges + KL_WEIGHT * kl
+
+    objective_of = torch.compile(objective) if compiled else objective
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(data), (batch,), generator=generator)
+        x = to_network(data[index]).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(batch, 4, 16, 16, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            return objective_of(x, noise)
+
+    run.train(loss_of)
+
+
+def _edges(x: Tensor, axis: int) -> Tensor:
+    return x.diff(dim=axis)
