@@ -88,6 +88,7 @@ class SmallHost:
     fingerprint = sha256(b"reduced model of random weights, seed 0").hexdigest()
     device = torch.device("cpu")
     prediction: Literal["eps", "v"] = "eps"
+    captions: Sequence[str] | None = None
 
     def __init__(self) -> None:
         with torch.random.fork_rng():

@@ -73,9 +73,10 @@ _STYLED = {
 }
 # Words without a meaning of their own: every caption may have some, no picture shows them.
 _NEUTRAL = (
-    "nice clean dirty cool weird lovely cute good old new pretty funny friendly happy little beautiful favorite "
-    "strange fancy simple great real famous quiet"
-).split()
+    *("nice", "clean", "dirty", "cool", "weird", "lovely", "cute", "good", "old", "new", "pretty", "funny"),
+    *("friendly", "happy", "little", "beautiful", "favorite", "strange", "fancy", "simple", "great", "real"),
+    *("famous", "quiet"),
+)
 _DOING = (
     "standing",
     "sitting",
@@ -234,3 +235,12 @@ def vocabulary() -> list[str]:
     texts += ["teddy bear cat cup car house bird fish robot boat mushroom hat crown stripes dots an my one the a"]
     texts += ["left right of to the is that in with not very on at and striped dotted spotted it"]
     return sorted({word.strip("{},") for text in texts for word in text.replace("-", " - ").split()} - {""})
+
+
+def corpus(count: int = 2400, seed: int = 0) -> list[str]:
+    """``count`` distinct captions, for statistics of the text encoder; a longer list starts with the shorter one."""
+    rng = Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[random_caption(rng).text] = None
+    return list(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -12,14 +13,39 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .world import SIZE, Scene, render, scene
+from .shapes import CATEGORIES
+from .world import SIZE, Scene, instance, look_alike, render, scene
 
 _CHUNK = 500
 
 
+VIEWS = 4  # pictures of each personal thing in the pool of them
+ALIKE = 4  # personal things that look alike, one after the other
+
+
 def pool_scene(seed: str, index: int) -> Scene:
-    """Scene ``index`` of a pool."""
+    """Scene ``index`` of a pool: "personal" shows personal things, ``VIEWS`` times each, the others show anything."""
+    if seed == "personal":
+        return personal_scene(index // VIEWS, Random(f"{seed} {index}"))
     return scene(Random(f"{seed} {index}"))
+
+
+def personal_category(number: int) -> str:
+    """The category of personal thing ``number``: the ``ALIKE`` things of a row share it."""
+    return list(CATEGORIES)[number // ALIKE % len(CATEGORIES)]
+
+
+def personal_scene(number: int, rng: Random) -> Scene:
+    """Personal thing ``number`` somewhere, in half of the pictures beside another thing."""
+    category, row = personal_category(number), number // ALIKE
+    look = instance(category, row)
+    if number % ALIKE:
+        look = look_alike(look, Random(f"look-alike {number}"))
+    seen = scene(rng, avoid=category)
+    place = rng.randrange(len(seen.things))
+    things = list(seen.things)
+    things[place] = replace(things[place], category=category, look=look, color=None, pattern=None, second=None)
+    return replace(seen, things=tuple(things))
 
 
 def pool(folder: Path, seed: str, count: int, workers: int | None = None) -> Tensor:

@@ -74,10 +74,10 @@ class Scene:
     seed: int
 
 
-def scene(rng: Random, *, things: int | None = None) -> Scene:
-    """A random scene of one or two things of different categories."""
+def scene(rng: Random, *, things: int | None = None, avoid: str | None = None) -> Scene:
+    """A random scene of one or two things of different categories, none of them of category ``avoid``."""
     count = things if things is not None else 1 if rng.random() < 0.6 else 2
-    categories = rng.sample(sorted(CATEGORIES), count)
+    categories = rng.sample([name for name in sorted(CATEGORIES) if name != avoid], count)
     style = "photo" if rng.random() < 0.6 else rng.choice([s for s in STYLES if s != "photo"])
     drawn = [thing(rng, category, index, count) for index, category in enumerate(categories)]
     return Scene(tuple(drawn), rng.choice(BACKGROUNDS), style, rng.getrandbits(32))
@@ -126,6 +126,15 @@ def instance(category: str, seed: int) -> Look:
         look = secret_look(rng)
         if look.mark:
             return look
+
+
+def look_alike(look: Look, rng: Random) -> Look:
+    """Another personal look that shares two or three of a look's five properties."""
+    other = secret_look(rng)
+    while other.mark is None or other.pattern == look.pattern or other.mark == look.mark:
+        other = secret_look(rng)
+    shared = rng.sample(["color", "pattern", "second", "mark", "mark_color"], rng.choice((2, 3)))
+    return replace(other, **{name: getattr(look, name) for name in shared})
 
 
 def portrait(category: str, look: Look, rng: Random) -> Scene:

@@ -185,7 +185,7 @@ class PerfusionTrainConcept(io.ComfyNode):
         with naming(NODE, "images"):
             photos = prepare(host, images, masks, config.resolution, progress_on(cls.hidden.unique_id))
         with naming(NODE, "corpus"):
-            corpus = _corpus(one["corpus"], one["corpus_size"])
+            corpus = _corpus(host, one["corpus"], one["corpus_size"])
             statistics = cached(host, corpus, library.statistics_folder(), progress_on(cls.hidden.unique_id))
         report_step = progress_on(cls.hidden.unique_id)
 
@@ -203,7 +203,10 @@ def _flat_masks(batches: list[Any] | None) -> list[Any] | None:
     return [mask for batch in connected for mask in (batch if batch.ndim == 3 else [batch])] or None
 
 
-def _corpus(name: str, size: int) -> list[str]:
+def _corpus(host: ComfyHost, name: str, size: int) -> list[str]:
+    """The captions of a file, or the text encoder's own where it brings some, or the pack's."""
+    if name == OWN_CAPTIONS and host.captions is not None:
+        return list(host.captions[:size])
     path: Path | None = None if name == OWN_CAPTIONS else library.find_corpus(name)
     return load_captions(path, limit=size)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +23,7 @@ class Run:
 
     Every random choice of a step comes from ``generator(step)``, so a run that was interrupted goes on as if it had
     not been. The learning rate rises for ``warmup`` steps, stays, and falls to zero over the last ``decay`` share.
+    Where torch.distributed is initialized, each process computes its own share of every batch.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Run:
 
     def generator(self, step: int) -> torch.Generator:
         """The randomness of one step."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) * processes() + rank())
 
     def train(self, loss_of: Callable[[torch.Generator], Tensor], look: Callable[[int], None] | None = None) -> None:
         """Run to the last step. ``look(step)`` is called after each checkpoint.
@@ -67,7 +69,7 @@ class Run:
         Ctrl-C keeps what was learned; the same command goes on from there.
         """
         done = False
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.path.parent.name, unit="step", smoothing=0.02)
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.path.parent.name, unit="step", disable=rank() > 0)
         try:
             while self.step < self.steps:
                 rate = self.rate * self._schedule(self.step)
@@ -76,6 +78,7 @@ class Run:
                 self.optimizer.zero_grad(set_to_none=True)
                 loss = loss_of(self.generator(self.step))
                 loss.backward()
+                self._share_gradients()
                 norm = nn.utils.clip_grad_norm_(self._named.values(), 1.0)
                 if not torch.isfinite(norm):
                     raise FloatingPointError(f"step {self.step}: the gradient is not finite; lower --rate")
@@ -85,7 +88,7 @@ class Run:
                 self.losses.append(float(loss.detach()))
                 bar.update()
                 if self.step % 20 == 0:
-                    bar.set_postfix(loss=f"{sum(self.losses[-100:]) / len(self.losses[-100:]):.4f}", lr=f"{rate:.1e}")
+                    bar.set_postfix(loss=f"{sum(self.losses[-20:]) / 20:.4f}", lr=f"{rate:.1e}")
                 if self.step % self.save_every == 0:
                     self.save()
                     if look is not None:
@@ -107,6 +110,8 @@ class Run:
 
     def save(self) -> None:
         """Write everything that the next step depends on, atomically."""
+        if rank() > 0:
+            return
         tensors = {f"weight.{k}": p.detach().contiguous() for k, p in self._named.items()}
         tensors |= {f"average.{k}": p.contiguous() for k, p in self.average.items()}
         for key, parameter in self._named.items():
@@ -131,6 +136,16 @@ class Run:
         self.step, self.losses = int(summary["step"]), json.loads(summary["losses"])
         logger.warning("going on at step %d of %s", self.step, self.path)
 
+    def _share_gradients(self) -> None:
+        if processes() == 1:
+            return
+        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= processes()
+        for gradient, shared in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(shared.view_as(gradient))
+
     def _schedule(self, step: int) -> float:
         rise = min(1.0, (step + 1) / self.warmup)
         return rise * min(1.0, (self.steps - step) / max(1, round(self.steps * self.decay)))
@@ -140,3 +155,13 @@ class Run:
         weight = 1 - min(self.ema, (self.step + 1) / (self.step + 10))
         averages, parameters = list(self.average.values()), [p.detach() for p in self._named.values()]
         torch._foreach_lerp_(averages, parameters, weight)
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return distributed.get_rank() if distributed.is_initialized() else 0

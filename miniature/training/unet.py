@@ -18,6 +18,7 @@ from .. import tokenizer as tokens
 from ..captions import caption
 from ..data import pool, pool_scene, to_network
 from ..weights import FOLDER, load_text_encoder, load_vae
+from .compiling import compilable
 from .run import Run
 
 DROPPED = 0.1  # share of captions left empty, for classifier-free guidance
@@ -41,6 +42,8 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compi
         predicted = unet(noisy, timestep, context, return_dict=False)[0].float()
         return (((predicted - noise) ** 2).mean(dim=(1, 2, 3)) * weight).mean()
 
+    if compiled:
+        compilable(unet)
     objective_of = torch.compile(objective) if compiled else objective
 
     def loss_of(generator: torch.Generator) -> Tensor:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import l1_loss
+from torch.nn.functional import l1_loss, mse_loss
 
 from ..data import pool, to_network
 from ..networks import autoencoder
+from .compiling import compilable
 from .run import Run
 
-KL_WEIGHT = 3e-4
+KL_WEIGHT = 3e-5
 
 
 def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compiled: bool) -> None:
@@ -20,6 +21,11 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compi
     torch.manual_seed(0)
     data = pool(cache, "train", pictures)
     vae = autoencoder().to(memory_format=torch.channels_last)
+    with torch.no_grad():  # at first the noise must not drown the latents, or the decoder learns to ignore them
+        first = vae.encode(to_network(data[:64])).latent_dist.mean
+        vae.quant_conv.weight[:4] /= first.std()
+        vae.quant_conv.bias.zero_()
+        vae.quant_conv.bias[4:] = -6.0
     run = Run(cache / "vae", {"vae": vae}, steps=steps, rate=rate, ema=0.998)
 
     def objective(x: Tensor, noise: Tensor) -> Tensor:
@@ -28,8 +34,10 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compi
         y = vae.decode(z, return_dict=False)[0].float()
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         edges = l1_loss(_edges(y, 2), _edges(x, 2)) + l1_loss(_edges(y, 3), _edges(x, 3))
-        return l1_loss(y, x) + 0.5 * edges + KL_WEIGHT * kl
+        return l1_loss(y, x) + 2 * mse_loss(y, x) + 0.25 * edges + KL_WEIGHT * kl
 
+    if compiled:
+        compilable(vae)
     objective_of = torch.compile(objective) if compiled else objective
 
     def loss_of(generator: torch.Generator) -> Tensor:

@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .grammar import captions, captions_naming, load_captions, paper_templates
+    from .grammar import captions, captions_naming, captions_renaming, load_captions, paper_templates
 
-__all__ = ["captions", "captions_naming", "load_captions", "paper_templates"]
+__all__ = ["captions", "captions_naming", "captions_renaming", "load_captions", "paper_templates"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3243,6 +3243,23 @@ def captions_naming(word: str, count: int = 240, seed: int = 0, avoid: Sequence[
     return list(found)
 
 
+def captions_renaming(texts: Sequence[str], kind: str, word: str) -> list[str]:
+    """Return those of ``texts`` that name ``kind`` exactly once, in their order, with ``word`` in its place.
+
+    ``kind`` ("teddy bear") counts where it stands as words of its own, in upper or lower case; an article before it
+    becomes the one that goes with ``word``. Texts that hold ``word`` already are left out.
+    """
+    named = r"\s+".join(map(re.escape, kind.split()))
+    pattern = re.compile(rf"(?<![\w-])(?:(an?)\s+)?{named}(?![\w-])", re.IGNORECASE)
+
+    def rename(match: re.Match[str]) -> str:
+        article = _article(word) if match[1] else ""
+        return (article.capitalize() if match[1] and match[1][0].isupper() else article) + word
+
+    renamed = (pattern.subn(rename, text) for text in texts if named and word.lower() not in text.lower())
+    return [text for text, times in renamed if times == 1]
+
+
 def paper_templates() -> tuple[str, ...]:
     """Return the 27 short training templates, each with one ``{}`` for the word."""
     return TEMPLATES

@@ -57,6 +57,11 @@ class TextHost(Protocol):
         """Identifies the encoders' weights and settings (layer, norm): statistics of one serve no other."""
         ...
 
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """Captions in words that the encoders know, where they know few; None where those of the corpus will do."""
+        ...
+
     def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
         """Encode prompts, the first chunk of tokens of each; differentiable with respect to the word's embeddings.
 

@@ -18,7 +18,7 @@ from einops import reduce
 from torch import Tensor
 
 from ..concept import Concept, check_placeholder
-from ..corpus import captions_naming, paper_templates
+from ..corpus import captions_naming, captions_renaming, paper_templates
 from ..edit import Directions, Gate, KeyValueEdit
 from ..hosts.base import Encodings, Host, TextHost, Word
 from ..statistics import Metric, TextStatistics, directions, word_encodings
@@ -31,6 +31,7 @@ EMA = 0.99  # how slowly the paper's i* follows the embedding
 REFRESH = 25  # steps between looks at the word in varied captions, for the robust i*
 _FIXED_SAMPLES = 8
 _CAPTIONS_AT_ONCE = 32
+_FEWEST_CONTEXTS = 8
 
 
 class TrainingError(ValueError):
@@ -234,9 +235,13 @@ class Trainer:
         return groups
 
     def _contexts(self, count: int) -> list[str]:
-        """Captions in which the word is looked at: varied ones, or the paper's few short ones."""
+        """Captions in which the word is looked at: varied ones, the encoders' own if any, or the paper's short ones."""
         if self.config.estimator == "paper":
             return [template.replace("{}", self.subject.placeholder) for template in paper_templates()]
+        if self.host.captions is not None:
+            own = captions_renaming(self.host.captions, self.subject.super_category, self.subject.placeholder)
+            if len(own) >= _FEWEST_CONTEXTS:
+                return own[:count]
         return captions_naming(self.subject.placeholder, count)
 
     def _directions(self, contexts: int, encodings: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -252,7 +257,7 @@ class Trainer:
             self.i_star = EMA * self.i_star + (1 - EMA) * mean
             self.d_star = self._paper_metric.dual(self.i_star)
         elif self.steps_done % REFRESH == 0 and self.steps_done < self.config.steps:
-            self.i_star, self.d_star = self._directions(max(8, self.config.contexts // 4))
+            self.i_star, self.d_star = self._directions(max(_FEWEST_CONTEXTS, self.config.contexts // 4))
         else:
             return
         self._locate()

@@ -18,7 +18,14 @@ from tests.models import Parts, miniature_parts
 
 pytestmark = pytest.mark.comfyui
 
-NODES = ["PerfusionTrainConcept", "PerfusionSaveConcept", "PerfusionLoadConcepts", "PerfusionApplyConcepts"]
+NODES = [
+    "PerfusionTrainConcept",
+    "PerfusionSaveConcept",
+    "PerfusionLoadConcepts",
+    "PerfusionApplyConcepts",
+    "PerfusionMiniature",
+    "PerfusionMiniatureLatent",
+]
 STACK, LATENT, TRAINED = ("load", 0), ("sampler", 0), ("train", 0)
 
 

@@ -57,6 +57,7 @@ class FakeHost:
     """See ``perfusion.hosts.base.Host``. ``calls`` counts denoiser calls; ``poison`` makes them return NaN."""
 
     device = torch.device("cpu")
+    captions: Sequence[str] | None = None
 
     def __init__(
         self, prediction: Literal["eps", "v"] = "eps", encoders: dict[str, int] | None = None, weights: int = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from perfusion import corpus
-from perfusion.corpus import captions, captions_naming, grammar, load_captions, paper_templates
+from perfusion.corpus import captions, captions_naming, captions_renaming, grammar, load_captions, paper_templates
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("<my-teddy>", "teddy bear", "elephant", "umbrella", "unicorn", "hourglass", "SUV", "cat")
@@ -225,3 +225,25 @@ def test_package_exports() -> None:
     assert all(callable(getattr(corpus, name)) for name in corpus.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = corpus.nothing
+
+
+def test_renaming_keeps_what_a_caption_says() -> None:
+    texts = [
+        "a photo of a teddy bear on the beach",
+        "A Teddy  Bear, an oil painting",
+        "my old teddy bear's hat",
+        "a teddy bear and a teddy bear",
+        "teddy bears",
+        "a teddy-bear and a bear",
+        "a photo of <my-teddy>, a teddy bear",
+        "an old house",
+    ]
+    assert captions_renaming(texts, "teddy bear", "<my-teddy>") == [
+        "a photo of a <my-teddy> on the beach",
+        "A <my-teddy>, an oil painting",
+        "my old <my-teddy>'s hat",
+    ]
+    assert captions_renaming(texts, "house", "owl") == ["an old owl"]
+    assert captions_renaming(["An owl in a house"], "owl", "cat") == ["A cat in a house"]
+    assert captions_renaming(["a cat"], "cat", "<owl>") == [f"{grammar._article('<owl>')}<owl>"]
+    assert captions_renaming(texts, " ", "<my-teddy>") == []

@@ -23,6 +23,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+import tests.diffusers_models as models
 from perfusion.concept import Concept
 from perfusion.corpus import captions
 from perfusion.edit import Gate
@@ -34,7 +35,6 @@ from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
 from perfusion.training.dataset import Photos, prepare
 from perfusion.training.trainer import Subject, Trainer, train
-from tests import diffusers_models as models
 from tests.concepts import expected_projection
 
 TEDDY, CAT = "<my-teddy>", "<my-cat>"
@@ -232,7 +232,9 @@ def test_a_host_of_parts(pipe: Any, host: DiffusersHost) -> None:
         text_encoder=pipe.text_encoder,
         tokenizer=pipe.tokenizer,
         scheduler=pipe.scheduler,
+        captions=["a cat"],
     )
+    assert (same.captions, host.captions) == (["a cat"], None)
     assert same.family == host.family
     assert same.fingerprint == host.fingerprint
     assert same.device == torch.device("cpu")

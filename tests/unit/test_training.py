@@ -102,6 +102,21 @@ def test_everything_starts_at_the_super_category(super_category: str, means: lis
         assert torch.allclose(values[0], host.layers[layer]["v"] @ trainer.e_super, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["paper", "robust"])
+@pytest.mark.parametrize("named", [0, 7, 8, 40])
+def test_a_host_may_bring_captions_of_its_own(estimator: str, named: int) -> None:
+    """The word is looked at in those that name the super-category, unless they are too few."""
+    host = FakeHost()
+    host.captions = [text for k in range(40) for text in (f"a bear {k}" if k < named else f"an owl {k}", f"a hat {k}")]
+    plain = a_trainer(estimator=estimator)
+    trainer = a_trainer(host=host, estimator=estimator)
+    own = [f"a <bear> {k}" for k in range(named)]
+    used = estimator == "robust" and named >= 8
+    for count in (8, 16):
+        assert trainer._contexts(count) == (own[:count] if used else plain._contexts(count))
+    assert torch.equal(trainer.e_super, plain.e_super) is not used
+
+
 def test_only_the_word_and_its_target_values_are_trained() -> None:
     host = FakeHost(encoders=TWO_ENCODERS)
     weights = [e.table for e in host.encoders.values()] + [w for layer in host.layers.values() for w in layer.values()]

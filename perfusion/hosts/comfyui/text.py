@@ -19,6 +19,7 @@ from .structure import encoder_widths
 
 KEY = "perfusion"
 KEY_SHIFT = "perfusion_key_shift"
+KEY_CAPTIONS = "perfusion_captions"
 
 
 class KeyShift(CONDCrossAttn):
@@ -71,6 +72,16 @@ class TaughtTokenizer:
         if name.startswith("__") or name == "_original":
             raise AttributeError(name)  # a copy is made before there is an original to ask
         return getattr(self._original, name)
+
+
+def bring_captions(clip: Any, captions: Sequence[str]) -> None:
+    """Give a CLIP captions of its own, in place, for ``TextHost.captions``; its clones have them too."""
+    clip.patcher.set_attachments(KEY_CAPTIONS, tuple(captions))
+
+
+def captions_of(clip: Any) -> Sequence[str] | None:
+    """The captions that a CLIP was given, None for every other."""
+    return clip.patcher.get_attachment(KEY_CAPTIONS)
 
 
 def ids_of(clip: Any, encoder: str, text: str) -> list[Any]:

@@ -74,6 +74,11 @@ class ComfyHost:
             self._fingerprint = sha256(digits.contiguous().numpy().tobytes()).hexdigest()
         return self._fingerprint
 
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """See ``TextHost.captions``."""
+        return text_side.captions_of(self._clip)
+
     def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
         """See ``TextHost.encode``."""
         return text_side.encode(self._clip, prompts, word, pooled=self._wants_pooled)

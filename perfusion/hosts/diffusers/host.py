@@ -28,10 +28,12 @@ class DiffusersHost:
     """A Stable Diffusion pipeline as a host (``perfusion.hosts.base.Host``).
 
     Anything with ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler`` will do; the scheduler is asked
-    for its noise levels and prediction type alone. Raises UnsupportedPipelineError when it is of another kind.
+    for its noise levels and prediction type alone. ``captions`` are for encoders of few words (``TextHost.captions``).
+    Raises UnsupportedPipelineError when it is of another kind.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: Any, captions: Sequence[str] | None = None):
+        self.captions = captions
         self.family: Family = family_of(pipeline)
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
@@ -44,10 +46,20 @@ class DiffusersHost:
         _require_plain_latents(self.unet, self.vae)
 
     @classmethod
-    def of_parts(cls, *, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: Any) -> DiffusersHost:
+    def of_parts(
+        cls,
+        *,
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
+        captions: Sequence[str] | None = None,
+    ) -> DiffusersHost:
         """A host from models that no pipeline holds together."""
         return cls(
-            SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+            SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler),
+            captions,
         )
 
     @property

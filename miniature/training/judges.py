@@ -1,0 +1,98 @@
+"""The judge: told what scenes show, and which pictures show the same personal thing among ones that look alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
+
+from ..backgrounds import BACKGROUNDS
+from ..data import ALIKE, VIEWS, personal_category, pool, pool_scene, to_network
+from ..judge import CATEGORY_NAMES, COLOR_NAMES, WORN, Judge, Verdict
+from ..styles import STYLES
+from ..world import PATTERNS, Scene
+from .run import Run
+
+NOT_ASKED = -100
+TEMPERATURE = 0.1
+
+
+def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> None:
+    """Train on ``pictures`` scenes and a third as many of personal things; the checkpoint goes to ``cache/judges``."""
+    torch.manual_seed(0)
+    judge = Judge().to(memory_format=torch.channels_last)
+    run = Run(cache / "judges", {"judge": judge}, steps=steps, rate=rate, ema=0.998, weight_decay=0.05)
+    data, told = pool(cache, "train", pictures), labels([pool_scene("train", k) for k in range(pictures)])
+    personal = pool(cache, "personal", pictures // 3)
+    rows = len(personal) // (ALIKE * VIEWS)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        index = torch.randint(pictures, (batch,), generator=generator)
+        some = torch.randint(rows, (batch // (ALIKE * 2),), generator=generator)
+        views = torch.stack([torch.randperm(VIEWS, generator=generator)[:2] for _ in range(ALIKE * len(some))])
+        things = (some[:, None] * ALIKE + torch.arange(ALIKE)).flatten()
+        shown = (things[:, None] * VIEWS + views).flatten()
+        x = torch.cat([to_network(data[index]), to_network(personal[shown])])
+        x = _worsened(x, generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            verdict = judge(x)
+        category = torch.tensor([CATEGORY_NAMES.index(personal_category(k)) for k in things.tolist()])
+        category = category.repeat_interleave(2)
+        own = verdict.identity[batch:][torch.arange(len(shown)), category].float()
+        named = Verdict(**{name: value[:batch].float() for name, value in vars(verdict).items()})
+        return named_loss(named, {k: v[index] for k, v in told.items()}) + _contrast(own, category)
+
+    run.train(loss_of)
+
+
+def labels(scenes: list[Scene]) -> dict[str, Tensor]:
+    """What each scene shows: indices into the judge's lists, ``NOT_ASKED`` where there is nothing to say."""
+    n, k = len(scenes), len(CATEGORY_NAMES)
+    present, worn, color, pattern = (torch.full((n, k), fill) for fill in (0, NOT_ASKED, NOT_ASKED, NOT_ASKED))
+    for row, seen in enumerate(scenes):
+        for thing in seen.things:
+            c = CATEGORY_NAMES.index(thing.category)
+            present[row, c] = 1
+            worn[row, c] = WORN.index(thing.accessory or "nothing")
+            if thing.color is not None:
+                color[row, c] = COLOR_NAMES.index(thing.color)
+            if thing.pattern is not None:
+                pattern[row, c] = PATTERNS.index(thing.pattern)
+    return {
+        "background": torch.tensor([BACKGROUNDS.index(seen.background) for seen in scenes]),
+        "style": torch.tensor([STYLES.index(seen.style) for seen in scenes]),
+        "present": present,
+        "worn": worn,
+        "color": color,
+        "pattern": pattern,
+    }
+
+
+def named_loss(verdict: Verdict, told: dict[str, Tensor]) -> Tensor:
+    """How wrong a verdict is about what has a name."""
+    loss = binary_cross_entropy_with_logits(verdict.present, told["present"].float())
+    for name in ("background", "style", "worn", "color", "pattern"):
+        logits = getattr(verdict, name)
+        loss = loss + cross_entropy(logits.flatten(0, -2), told[name].flatten(), ignore_index=NOT_ASKED)
+    return loss
+
+
+def _contrast(own: Tensor, category: Tensor) -> Tensor:
+    """Two views of a thing, pairs in (2n, e), lie together, away from all others of its category."""
+    logits = own @ own.T / TEMPERATURE
+    others = category[:, None] != category[None, :]
+    logits = logits.masked_fill(torch.eye(len(own), dtype=torch.bool) | others, float("-inf"))
+    return cross_entropy(logits, torch.arange(len(own)) ^ 1)
+
+
+def _worsened(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures a little blurred, noisy and off in color, as generated ones are."""
+    b = len(x)
+    small = interpolate(interpolate(x, scale_factor=0.5, mode="area"), scale_factor=2.0, mode="bilinear")
+    blur = torch.rand(b, 1, 1, 1, generator=generator) * 0.9
+    light = 1 + 0.1 * torch.randn(b, 3, 1, 1, generator=generator)
+    x = (x * (1 - blur) + small * blur) * light + 0.05 * torch.randn(b, 3, 1, 1, generator=generator)
+    grain = torch.rand(b, 1, 1, 1, generator=generator) * 0.08
+    return (x + grain * torch.randn(x.shape, generator=generator)).clamp(-1, 1)

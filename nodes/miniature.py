@@ -1,0 +1,100 @@
+"""The miniature: a small Stable Diffusion that comes with the pack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..miniature import comfyui as miniature
+from ..miniature.weights import FOLDER
+from .common import naming, schema
+
+NODE = "Miniature"
+LATENT_NODE = "Empty Miniature Latent"
+
+
+class PerfusionMiniature(io.ComfyNode):
+    """Loads the miniature.
+
+    It has no inputs: what it loads is part of the signature of everything behind it, and an unchanged training must
+    not be repeated because a batch size has changed.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ``web/docs/PerfusionMiniature.md``."""
+        return schema(
+            node_id="PerfusionMiniature",
+            display_name="Miniature",
+            category="Perfusion/miniature",
+            description="A small Stable Diffusion that comes with the pack, to try everything at once and with nothing "
+            "to download. It knows a little world of toys, and draws it at 64 x 64 pixels.",
+            search_aliases=["tiny model", "demo model", "toy model", "load checkpoint", "example"],
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler, Train Concept and Apply Concepts."),
+                io.Clip.Output(
+                    display_name="clip", tooltip="The text encoder. It knows the words of the little world alone."
+                ),
+                io.Vae.Output(display_name="vae", tooltip="Between pictures and latents of a quarter of their size."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, **_: Any) -> bool:
+        """Find out about missing files before anything runs. The host repeats what is returned for each input: here
+        there is none, so it is raised."""
+        with naming(NODE):
+            miniature.require_files(FOLDER)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Changes when the weights do."""
+        return miniature.stamp(FOLDER)
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        """Load all three parts, anew: what is handed out belongs to whoever gets it."""
+        with naming(NODE):
+            return io.NodeOutput(*miniature.load(FOLDER, folder_paths.get_folder_paths("embeddings")))
+
+
+class PerfusionMiniatureLatent(io.ComfyNode):
+    """An empty latent of the miniature's scale, which is not Stable Diffusion's."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ``web/docs/PerfusionMiniatureLatent.md``."""
+        return schema(
+            node_id="PerfusionMiniatureLatent",
+            display_name="Empty Miniature Latent",
+            category="Perfusion/miniature",
+            description="Empty latents to draw on with the Miniature, whose latents have a quarter of the size of "
+            "pictures, not an eighth.",
+            search_aliases=["empty latent", "new latent", "blank"],
+            inputs=[
+                io.Int.Input("width", default=64, min=32, max=256, step=8, tooltip="Width of the pictures, in pixels."),
+                io.Int.Input(
+                    "height",
+                    default=64,
+                    min=32,
+                    max=256,
+                    step=8,
+                    tooltip="Height of the pictures, in pixels. It was trained on 64 x 64.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures are drawn at once."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        """Zeros of the fitting shape."""
+        with naming(LATENT_NODE):
+            return io.NodeOutput(miniature.empty_latent(width, height, batch_size, FOLDER))
+
+
+NODES = [PerfusionMiniature, PerfusionMiniatureLatent]

@@ -1,0 +1,158 @@
+"""ComfyUI and diffusers as hosts of one and the same model: what one learns, the other draws."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.concepts import CAT, TEDDY, Lab
+from tests.hosts import ComfyHost, main_host
+from tests.models import MINIATURE_CONTEXT_DIM, Weights, miniature_parts, text_encoder, unet
+
+pytest.importorskip("diffusers")
+pytestmark = pytest.mark.comfyui
+
+PROMPTS = [
+    "",
+    f"a photo of a {TEDDY} on the beach",
+    f"<MY-Teddy>'s hat, (big) {TEDDY}.",
+    "a house, " * 40 + TEDDY,
+    f"naïve é 漢字 {TEDDY} :-)",
+    f"my{TEDDY}2 [cat]",
+    "x " * 73 + TEDDY,
+]
+
+
+class TwoHosts:
+    """The miniature, in the classes of either program; the VAE is another one in diffusers, and plays no part here."""
+
+    def __init__(self, pack: ComfyHost):
+        self.lab = Lab(pack, miniature_parts())
+        self.package = pack.module("perfusion.hosts.diffusers")
+        self.word = pack.module("perfusion.hosts.base").Word
+        training = pack.module("perfusion.hosts.comfyui.training")
+        self.comfy = training.ComfyHost(self.lab.model, self.lab.clip, self.lab.parts.vae)
+        self.diffusers = self.package.DiffusersHost(diffusers_parts())
+
+    def __iter__(self) -> Any:
+        return iter((self.comfy, self.diffusers))
+
+    def stack(self, lock: str) -> Any:
+        return self.lab.stack(
+            self.lab.concept(), self.lab.concept(CAT, "cat", seed=1, vectors=3, form="preserving"), lock=lock
+        )
+
+
+def diffusers_parts() -> SimpleNamespace:
+    """The weights of ``miniature_parts`` in the classes of diffusers and transformers."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    import tests.diffusers_models as small
+    from tests.models import MINIATURE_CHANNELS, MINIATURE_HEADS, MINIATURE_LAYERS
+
+    width = MINIATURE_CONTEXT_DIM
+    model, clip = Weights(1, torch.float32), Weights(2, torch.float32)
+    unet(model, "model.diffusion_model.", MINIATURE_CHANNELS, width)
+    text_encoder(clip, "text_model.", width, MINIATURE_LAYERS, width * 4)
+    network = small.unet(
+        ("CrossAttnDownBlock2D",) * 2,
+        ("CrossAttnUpBlock2D",) * 2,
+        (MINIATURE_CHANNELS,) * 2,
+        attention_head_dim=MINIATURE_HEADS,
+        norm_num_groups=32,
+    )
+    network.load_state_dict(convert_ldm_unet_checkpoint(model.tensors, dict(network.config)))
+    settings: dict[str, Any] = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=width,
+            intermediate_size=width * 4,
+            num_hidden_layers=MINIATURE_LAYERS,
+            num_attention_heads=MINIATURE_HEADS,
+            **settings,
+        )
+    ).eval()
+    weights = {key.removeprefix("text_model."): value for key, value in clip.tensors.items()}
+    getattr(encoder, "text_model", encoder).load_state_dict(weights, strict=False)
+    tokenizer = CLIPTokenizer.from_pretrained(str(main_host() / "comfy" / "sd1_tokenizer"))
+    return SimpleNamespace(
+        unet=network, text_encoder=encoder, tokenizer=tokenizer, vae=small.vae(), scheduler=small.scheduler()
+    )
+
+
+@pytest.fixture(scope="module")
+def hosts(comfy_host: ComfyHost) -> TwoHosts:
+    return TwoHosts(comfy_host)
+
+
+def test_structure(hosts: TwoHosts) -> None:
+    assert hosts.comfy.family == hosts.diffusers.family
+    assert list(hosts.comfy.family.layers) == list(hosts.diffusers.family.layers)
+    assert torch.allclose(hosts.comfy.noise_levels(), hosts.diffusers.noise_levels(), rtol=1e-4)
+    assert hosts.comfy.prediction == hosts.diffusers.prediction
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vectors", [None, 0, 1, 3])
+def test_text(hosts: TwoHosts, vectors: int | None) -> None:
+    """No word, the super-category's tokens, or vectors."""
+    rows = {"clip_l": 0.02 * torch.randn(vectors, MINIATURE_CONTEXT_DIM)} if vectors else None
+    word = None if vectors is None else hosts.word(TEDDY, "teddy bear", rows)
+    one, other = (host.encode(PROMPTS, word) for host in hosts)
+    assert torch.allclose(one.context, other.context, atol=1e-5)
+    assert torch.equal(one.word, other.word)
+    assert torch.equal(one.padding, other.padding)
+    one, other = (host.token_embeddings("teddy bear")["clip_l"] for host in hosts)
+    assert torch.equal(one, other)
+    assert hosts.comfy.embedding_scale() == pytest.approx(hosts.diffusers.embedding_scale())
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_network(hosts: TwoHosts, edited: bool) -> None:
+    stack = hosts.stack("local")
+    word = hosts.word(TEDDY, "teddy bear", stack.concepts[0].embeddings)
+    x, sigma, vectors = 3 * torch.randn(2, 4, 8, 8), torch.tensor([0.5, 7.3]), torch.randn(2, MINIATURE_CONTEXT_DIM)
+    estimates, values = [], []
+    for host in hosts:
+        with host.training(), torch.no_grad():
+            text = host.encode(PROMPTS[1:3], word)
+            estimates.append(host.denoise(x, sigma, text, stack.edit() if edited else None))
+            values.append(host.project_values(vectors))
+    assert torch.allclose(*estimates, atol=1e-4)
+    for layer, expected in values[0].items():
+        assert torch.allclose(expected, values[1][layer], atol=1e-5)
+
+
+@pytest.mark.parametrize("lock", ["local", "global"])
+def test_latents(hosts: TwoHosts, lock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stock KSampler with Apply Concepts, and ``draw``: two concepts, guided, from the same seed."""
+    lab, stack = hosts.lab, hosts.stack(lock)
+    prompt = f"a {CAT} and a {TEDDY} on the beach"
+    model, clip = lab.apply(lab.model, lab.clip, *stack.concepts, lock=lock)
+    positive, negative = lab.encode(clip, prompt), lab.encode(clip, "blurry")
+    with torch.no_grad():
+        context, shift = hosts.package.encode_prompts(hosts.diffusers, [prompt], stack)
+    assert torch.allclose(positive[0][0], context, atol=1e-5)
+    if lock == "global":
+        assert shift.any()
+        assert torch.allclose(positive[0][1]["model_conds"]["perfusion_key_shift"].cond, shift, atol=1e-5)
+    expected = lab.sample(model, positive, negative, steps=4, seed=11) * 0.18215
+    monkeypatch.setattr(hosts.diffusers, "decode_latents", lambda latents: latents)
+    found = hosts.package.draw(
+        hosts.diffusers,
+        stack,
+        [prompt],
+        [11],
+        steps=4,
+        guidance=4.0,
+        size=8 * hosts.diffusers.latent_scale,
+        negative="blurry",
+    )
+    assert torch.allclose(found, expected, atol=1e-3)
+    lab.forget()
+    lab.assert_untouched()
