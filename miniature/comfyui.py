@@ -78,6 +78,7 @@ def load_model(folder: Path = FOLDER, disable_dynamic: bool = False) -> Any:
     patcher = _patcher_class(disable_dynamic)(
         model, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device
     )
+    _regroup(model.diffusion_model, weights.config("unet", folder))
     names = comfy.utils.unet_to_diffusers(config.unet_config)
     state = {names.get(name, name): value for name, value in weights.read("unet", folder).items()}
     _fill(model.diffusion_model, state, "unet", patcher)
@@ -135,6 +136,7 @@ def load_vae(folder: Path = FOLDER) -> Any:
     except RuntimeError as error:
         raise weights.misfit("vae", error) from error
     _require_keys(vae.first_stage_model, state, "vae")
+    _regroup(vae.first_stage_model, settings)
     scale = latent_scale(settings)
     vae.downscale_ratio = vae.upscale_ratio = scale
     vae.latent_channels = latent_channels
@@ -264,6 +266,13 @@ def _of_original_names(state: dict[str, Tensor], levels: int) -> dict[str, Tenso
 
     converted = comfy.diffusers_convert.convert_vae_state_dict(state)
     return {re.sub(r"^decoder\.up\.(\d+)\.", lowered, name): value for name, value in converted.items()}
+
+
+def _regroup(network: nn.Module, settings: dict[str, Any]) -> None:
+    """Norms over as many groups of channels as the network was trained with; ComfyUI's classes always make 32."""
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = settings["norm_num_groups"]
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], part: str, patcher: Any) -> None:

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .backgrounds import BACKGROUNDS
-from .shapes import CATEGORIES
 from .styles import STYLES
-from .world import ACCESSORIES, COLORS, PATTERNS
+from .world import ACCESSORIES, CATEGORY_NAMES, COLORS, PATTERNS
 
-CATEGORY_NAMES = tuple(CATEGORIES)
 COLOR_NAMES = tuple(COLORS)
 WORN = ("nothing", *ACCESSORIES)
 _WIDTH, _IDENTITY = 128, 64

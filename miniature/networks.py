@@ -28,6 +28,8 @@ def autoencoder() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         latent_channels=4,
+        # Not the usual 32: a norm over single channels takes away how bright and of what color a picture is.
+        norm_num_groups=8,
         sample_size=64,
     )
 
@@ -73,6 +75,7 @@ def unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
+        norm_num_groups=16,
         cross_attention_dim=WIDTH,
         attention_head_dim=4,  # diffusers' name for the number of heads
     )

@@ -72,6 +72,13 @@ def load_unet(folder: Path = FOLDER) -> Any:
     return _filled(networks.unet(), "unet", folder)
 
 
+def load_judge(folder: Path = FOLDER) -> Any:
+    """The judge of ``miniature.judge``, float32."""
+    from .judge import Judge
+
+    return _filled(Judge(), "judge", folder)
+
+
 def keep(part: str, state: dict[str, Tensor], config: dict[str, Any] | None, folder: Path = FOLDER) -> None:
     """Write a part in half precision."""
     from perfusion.files import write_atomically

@@ -36,6 +36,7 @@ COLORS: dict[str, Color] = {
 PATTERNS = ("plain", "striped", "dotted")
 SECRET_PATTERNS = ("checked", "halves", "diagonal", "belt", "rings")
 MARKS = ("star", "heart", "cross", "ring", "diamond", "bolt")
+CATEGORY_NAMES = tuple(CATEGORIES)
 ACCESSORIES = ("hat", "crown")
 SIZES = {"small": (0.18, 0.21), "medium": (0.25, 0.31), "big": (0.34, 0.38)}  # radius, in canvas widths
 

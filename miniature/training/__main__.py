@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
+    parser.add_argument("--from-weights", action="store_true", help="unet: begin a new run with the weights that ship")
     parser.add_argument(
         "--processes", type=int, default=1, help="share each batch between so many processes; on a CPU, one a core"
     )
@@ -54,7 +55,8 @@ def run(o: argparse.Namespace) -> None:
     elif o.part == "unet":
         from .unet import train
 
-        train(o.cache, o.steps or 12_000, o.rate or 1e-3, (o.batch or 32) // o.processes, o.pictures, o.compile)
+        share = (o.batch or 32) // o.processes
+        train(o.cache, o.steps or 12_000, o.rate or 1e-3, share, o.pictures, o.compile, o.from_weights)
     else:
         from .judges import train
 

@@ -54,7 +54,8 @@ def averaged(cache: Path, run: str, network: str) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: train that part first (python -m miniature.training)")
     with safe_open(path, "pt") as file:
-        return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+        names = list(file.keys())
+        return {key.removeprefix(prefix): file.get_tensor(key) for key in names if key.startswith(prefix)}
 
 
 def _scaling_factor(vae: Any, cache: Path) -> float:

@@ -17,7 +17,7 @@ from .. import networks
 from .. import tokenizer as tokens
 from ..captions import caption
 from ..data import pool, pool_scene, to_network
-from ..weights import FOLDER, load_text_encoder, load_vae
+from ..weights import FOLDER, load_text_encoder, load_vae, read
 from .compiling import compilable
 from .run import Run
 
@@ -25,14 +25,21 @@ DROPPED = 0.1  # share of captions left empty, for classifier-free guidance
 MIN_SNR = 5.0  # Hang et al. 2023: noise levels that are easy count less
 
 
-def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compiled: bool) -> None:
-    """Train on ``pictures`` scenes with the finished VAE and text encoder; the checkpoint goes to ``cache/unet``."""
+def train(
+    cache: Path, steps: int, rate: float, batch: int, pictures: int, compiled: bool, start_from_weights: bool = False
+) -> None:
+    """Train on ``pictures`` scenes with the finished VAE and text encoder; the checkpoint goes to ``cache/unet``.
+
+    ``start_from_weights``: a new run begins with the weights that ship, not at random.
+    """
     torch.manual_seed(0)
     mean, std = latents(cache, pictures)
     scenes = [pool_scene("train", k) for k in range(pictures)]
     tokenizer, text_encoder = tokens.load(FOLDER / "tokenizer"), load_text_encoder()
     unet = networks.unet().to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward pass is slow on CPUs
+    if start_from_weights:
+        unet.load_state_dict({name: value.float() for name, value in read("unet").items()})
     run = Run(cache / "unet", {"unet": unet}, steps=steps, rate=rate, ema=0.9995, save_every=200)
     signal = alphas_cumprod()
     snr = signal / (1 - signal)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import l1_loss, mse_loss
+from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
 from ..data import pool, to_network
 from ..networks import autoencoder
@@ -34,7 +34,9 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compi
         y = vae.decode(z, return_dict=False)[0].float()
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         edges = l1_loss(_edges(y, 2), _edges(x, 2)) + l1_loss(_edges(y, 3), _edges(x, 3))
-        return l1_loss(y, x) + 2 * mse_loss(y, x) + 0.25 * edges + KL_WEIGHT * kl
+        # Without a term of its own, the color of a cell is learned long after its light and dark.
+        colors = l1_loss(avg_pool2d(y, 4), avg_pool2d(x, 4))
+        return l1_loss(y, x) + 2 * mse_loss(y, x) + colors + 0.25 * edges + KL_WEIGHT * kl
 
     if compiled:
         compilable(vae)
