@@ -178,9 +178,9 @@ def caption(rng: Random, seen: Scene, nouns: Sequence[str] | None = None, detail
     return Caption(text, tuple(named), background, style)
 
 
-def random_caption(rng: Random, **choices: float) -> Caption:
+def random_caption(rng: Random, detail: float = 0.75) -> Caption:
     """A caption of a random scene that nobody draws."""
-    return caption(rng, scene(rng), **choices)
+    return caption(rng, scene(rng), detail=detail)
 
 
 def _phrase(rng: Random, item: Thing, noun: str, detail: float, alone: bool) -> tuple[Named, str]:

@@ -25,11 +25,12 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..perfusion.hosts.comfyui.text import bring_captions
-from . import weights
+from . import weights, world
 from .captions import corpus
 from .weights import FOLDER
 
@@ -168,6 +169,14 @@ def empty_latent(width: int, height: int, batch_size: int = 1, folder: Path = FO
     )
     # Hosts that know of other scales bring empty latents to that of the model.
     return {"samples": samples, "downscale_ratio_spacial": scale}
+
+
+def photos(category: str, number: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """IMAGE (n, 64, 64, 3) of personal thing ``number`` of a category, and MASK (n, 64, 64), 1 on the thing."""
+    scenes = world.portraits(category, number, count, seed)
+    pictures, places = [world.render(scene) for scene in scenes], [world.masks(scene)[0] for scene in scenes]
+    images, masks = (torch.from_numpy(np.stack(list(map(np.asarray, drawn)))) for drawn in (pictures, places))
+    return images.float() / 255, masks.float() / 255
 
 
 def latent_scale(vae: dict[str, Any]) -> int:

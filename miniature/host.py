@@ -15,7 +15,7 @@ from .weights import FOLDER, load_text_encoder, load_unet, load_vae
 
 def scheduler() -> Any:
     """The noise schedule, Stable Diffusion 1.x's own."""
-    from diffusers import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(
         num_train_timesteps=TRAINING_TIMESTEPS,

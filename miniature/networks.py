@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from typing import Any
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -15,17 +18,25 @@ from transformers import (
 WIDTH = 128  # of a text encoding
 TOKENS = 77
 LATENT_SIZE = 16
-_TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
+_TOWER: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 TRAINING_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012  # scaled linear, as Stable Diffusion 1.x
 
 
 def autoencoder() -> AutoencoderKL:
     """Pictures (b, 3, 64, 64) in -1..1 to latents (b, 4, 16, 16) and back."""
+    sizes: Any = (32, 32, 64)  # declared as tuples of one in diffusers
+    down: Any = ("DownEncoderBlock2D",) * len(sizes)
+    up: Any = ("UpDecoderBlock2D",) * len(sizes)
     return AutoencoderKL(
-        block_out_channels=(32, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=sizes,
+        down_block_types=down,
+        up_block_types=up,
         layers_per_block=1,
         latent_channels=4,
         # Not the usual 32: a norm over single channels takes away how bright and of what color a picture is.

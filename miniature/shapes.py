@@ -95,7 +95,9 @@ class Tile:
         """Cover the skin with a look, lit from above."""
         cover = _pattern(look, self.size, self.radius)
         light = Image.linear_gradient("L").resize((self.size, self.size))
-        cover = ImageChops.multiply(cover, Image.merge("RGB", [light.point(lambda v: 255 - v * 70 // 255)] * 3))
+        cover = ImageChops.multiply(
+            cover, Image.merge("RGB", [light.point([255 - value * 70 // 255 for value in range(256)])] * 3)
+        )
         self.image.paste(cover, (0, 0), self.skin)
 
     def draw_ellipse(self, color: Color, *box: float) -> None:

@@ -24,7 +24,7 @@ def _sketch(picture: Image.Image) -> Image.Image:
     """Pencil on paper: what is darker than its surroundings stays as a line, a breath of color remains."""
     grey = ImageOps.grayscale(picture)
     blurred = grey.filter(ImageFilter.GaussianBlur(3))
-    lines = ImageChops.subtract(blurred, grey).point(lambda v: max(0, 255 - v * 4))
+    lines = ImageChops.subtract(blurred, grey).point([max(0, 255 - 4 * value) for value in range(256)])
     paper = ImageChops.multiply(Image.new("RGB", picture.size, (250, 246, 236)), Image.merge("RGB", [lines] * 3))
     tint = Image.blend(picture, Image.new("RGB", picture.size, (250, 246, 236)), 0.45)
     return Image.blend(paper, ImageChops.multiply(paper, tint), 0.45)

@@ -148,6 +148,12 @@ def portrait(category: str, look: Look, rng: Random) -> Scene:
     return Scene((replace(plain, x=x, y=y),), rng.choice(BACKGROUNDS), "photo", rng.getrandbits(32))
 
 
+def portraits(category: str, number: int, count: int, seed: int = 0) -> list[Scene]:
+    """``count`` portraits of personal thing ``number``; a larger ``count`` adds further ones."""
+    look = instance(category, number)
+    return [portrait(category, look, Random(f"portrait {category} {number} {seed} {k}")) for k in range(count)]
+
+
 def render(scene: Scene) -> Image.Image:
     """The picture, 64 x 64."""
     canvas, _ = _compose(scene)

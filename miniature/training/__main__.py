@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.spawn import spawn
 
 
 def main() -> None:
@@ -26,15 +27,15 @@ def main() -> None:
     )
     o = parser.parse_args()
     if o.processes > 1 and not o.export:
-        torch.multiprocessing.spawn(_worker, (o,), o.processes)
+        spawn(_worker, (o,), o.processes)
     else:
         run(o)
 
 
 def _worker(number: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(options.cache / f"store-{os.getppid()}"), options.processes)
-    torch.distributed.init_process_group("gloo", store=store, rank=number, world_size=options.processes)
+    meeting = (options.cache / f"processes-{os.getppid()}").absolute().as_uri()
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=options.processes)
     run(options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ TEMPERATURE = 0.1
 def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> None:
     """Train on ``pictures`` scenes and a third as many of personal things; the checkpoint goes to ``cache/judges``."""
     torch.manual_seed(0)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge: Any = Judge()
+    judge.to(memory_format=torch.channels_last)
     run = Run(cache / "judges", {"judge": judge}, steps=steps, rate=rate, ema=0.998, weight_decay=0.05)
     data, told = pool(cache, "train", pictures), labels([pool_scene("train", k) for k in range(pictures)])
     personal = pool(cache, "personal", pictures // 3)

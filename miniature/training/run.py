@@ -63,8 +63,8 @@ class Run:
         """The randomness of one step."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + step) * processes() + rank())
 
-    def train(self, loss_of: Callable[[torch.Generator], Tensor], look: Callable[[int], None] | None = None) -> None:
-        """Run to the last step. ``look(step)`` is called after each checkpoint.
+    def train(self, loss_of: Callable[[torch.Generator], Tensor]) -> None:
+        """Run to the last step; ``loss_of`` computes one step's loss from its randomness.
 
         Ctrl-C keeps what was learned; the same command goes on from there.
         """
@@ -91,8 +91,6 @@ class Run:
                     bar.set_postfix(loss=f"{sum(self.losses[-20:]) / 20:.4f}", lr=f"{rate:.1e}")
                 if self.step % self.save_every == 0:
                     self.save()
-                    if look is not None:
-                        look(self.step)
             done = True
         finally:
             bar.close()
@@ -100,13 +98,6 @@ class Run:
                 self.save()
                 logger.warning("stopped at step %d; %s has it: the same command goes on", self.step, self.path)
         self.save()
-
-    def averaged(self) -> dict[str, dict[str, Tensor]]:
-        """Network name -> its state dict with averaged weights."""
-        return {
-            name: {k: self.average.get(f"{name}.{k}", v).detach().clone() for k, v in net.state_dict().items()}
-            for name, net in self.networks.items()
-        }
 
     def save(self) -> None:
         """Write everything that the next step depends on, atomically."""
@@ -154,7 +145,7 @@ class Run:
     def _follow(self) -> None:
         weight = 1 - min(self.ema, (self.step + 1) / (self.step + 10))
         averages, parameters = list(self.average.values()), [p.detach() for p in self._named.values()]
-        torch._foreach_lerp_(averages, parameters, weight)
+        torch._foreach_lerp_(averages, parameters, weight)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def processes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -36,7 +37,8 @@ def train(
     mean, std = latents(cache, pictures)
     scenes = [pool_scene("train", k) for k in range(pictures)]
     tokenizer, text_encoder = tokens.load(FOLDER / "tokenizer"), load_text_encoder()
-    unet = networks.unet().to(memory_format=torch.channels_last)
+    unet: Any = networks.unet()
+    unet.to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward pass is slow on CPUs
     if start_from_weights:
         unet.load_state_dict({name: value.float() for name, value in read("unet").items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compi
     """Train on ``pictures`` scenes; the checkpoint goes to ``cache/vae``."""
     torch.manual_seed(0)
     data = pool(cache, "train", pictures)
-    vae = autoencoder().to(memory_format=torch.channels_last)
+    vae: Any = autoencoder()
+    vae.to(memory_format=torch.channels_last)
     with torch.no_grad():  # at first the noise must not drown the latents, or the decoder learns to ignore them
         first = vae.encode(to_network(data[:64])).latent_dist.mean
         vae.quant_conv.weight[:4] /= first.std()
