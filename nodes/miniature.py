@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..miniature import comfyui as miniature
 from ..miniature.weights import FOLDER
+from ..miniature.world import CATEGORY_NAMES
 from .common import naming, schema
 
 NODE = "Miniature"
 LATENT_NODE = "Empty Miniature Latent"
+PREVIEW_SCALE = 4
 
 
 class PerfusionMiniature(io.ComfyNode):
@@ -97,4 +99,60 @@ class PerfusionMiniatureLatent(io.ComfyNode):
             return io.NodeOutput(miniature.empty_latent(width, height, batch_size, FOLDER))
 
 
-NODES = [PerfusionMiniature, PerfusionMiniatureLatent]
+class PerfusionMiniaturePhotos(io.ComfyNode):
+    """Photos of a personal thing of the miniature's world, to learn from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ``web/docs/PerfusionMiniaturePhotos.md``."""
+        return schema(
+            node_id="PerfusionMiniaturePhotos",
+            display_name="Miniature Photos",
+            category="Perfusion/miniature",
+            description="Photos of one particular thing of the Miniature's world, with masks, to try Train Concept "
+            "without photos of your own.",
+            search_aliases=["example photos", "sample images", "demo photos", "training images"],
+            is_output_node=True,  # so that it shows the photos even where what was learned from them is cached
+            inputs=[
+                io.Combo.Input(
+                    "category",
+                    options=list(CATEGORY_NAMES),
+                    default="teddy bear",
+                    tooltip="What kind of thing is in the photos.",
+                ),
+                io.Int.Input(
+                    "thing",
+                    default=0,
+                    min=0,
+                    max=9999,
+                    tooltip="Which one of them. Each has colors, a pattern and a mark that no prompt can describe.",
+                ),
+                io.Int.Input("count", default=5, min=1, max=16, tooltip="How many photos are taken."),
+                # A new seed after each run, which the front end offers for inputs of this name, would train each time.
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=False,
+                    tooltip="Another seed takes other photos of the same thing.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The photos, 64 x 64, for Train Concept."),
+                io.Mask.Output(display_name="masks", tooltip="Where the thing is in each photo, for Train Concept."),
+                io.String.Output(
+                    display_name="super-category", tooltip="The category, for the input of that name on Train Concept."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, category: str, thing: int, count: int, seed: int) -> io.NodeOutput:
+        """Take them, and show them on the node, large enough to be looked at."""
+        images, masks = miniature.photos(category, thing, count, seed)
+        enlarged = images.repeat_interleave(PREVIEW_SCALE, 1).repeat_interleave(PREVIEW_SCALE, 2)
+        return io.NodeOutput(images, masks, category, ui=ui.PreviewImage(enlarged))
+
+
+NODES = [PerfusionMiniature, PerfusionMiniatureLatent, PerfusionMiniaturePhotos]

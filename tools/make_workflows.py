@@ -1,92 +1,174 @@
 """Makes ``workflows/*.json`` and their thumbnails: each API twin opened, arranged, run and photographed in a browser.
 
-    python tools/make_workflows.py
+    python tools/make_workflows.py [--only NAME ...]
 
-Needs ComfyUI, a Chromium and the packages of ``.[dev]``; the runs are on a reduced checkpoint of random weights.
+Needs ComfyUI, a Chromium and the packages of ``.[dev]``. Those that name a checkpoint run on a reduced one of random
+weights, in few steps; those with the miniature run as they are.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKFLOWS = ROOT / "workflows"
 sys.path.insert(0, str(ROOT))
 
 from PIL import Image  # noqa: E402
 
 from tests.browser.page import comfy_page, run_graph  # noqa: E402
-from tests.comfyui.test_end_to_end import cat_of, graph, put_photos  # noqa: E402
+from tests.comfyui.test_end_to_end import API, cat_of, graph, put_photos  # noqa: E402
 from tests.hosts import Base, ServerOptions, main_host, running_server  # noqa: E402
 
-# Column by column, by the names of the API twin.
-COLUMNS: dict[str, list[list[str]]] = {
-    "train_concept": [
-        ["photo_1", "photo_2", "photo_3", "photo_4"],
-        ["mask_1", "mask_2", "mask_3", "mask_4"],
-        ["checkpoint", "photos", "masks", "note"],
-        ["train", "save", "loss"],
-        ["apply", "positive", "negative", "latent"],
-        ["sampler", "decode", "save_image"],
-    ],
-    "two_concepts": [
-        ["checkpoint", "load"],
-        ["apply", "positive", "negative", "latent"],
-        ["sampler", "decode"],
-        ["save_image", "note"],
-    ],
-}
-GROUPS = {
-    "train_concept": [("Photos and masks", 0, 2), ("Learn and keep", 3, 3), ("Draw", 4, 5)],
-    "two_concepts": [("Concepts", 0, 0), ("Draw", 1, 3)],
-}
-NOTES = {
-    "train_concept": "1. Choose your checkpoint, and 1 to 10 photos of one thing, each with a mask (white where the "
-    "thing is).\n2. Say what kind of thing it is (super-category) and which word shall stand for it (placeholder).\n"
-    "3. Write the placeholder into the prompt, where it would name the thing.\n"
-    "4. Run. The concept is kept in output/perfusion under the placeholder's name, about 31 KB.",
-    "two_concepts": "Train two concepts first, or put their files into models/perfusion and press R.\nEach row has its "
-    "own switch, strength, bias and temperature. Write both placeholders into the prompt.",
+
+@dataclass(frozen=True)
+class Group:
+    """A frame around columns of nodes, which have the names of the API twin.
+
+    A column is a list of cells, each a node or several below each other. Where ``aligned``, cells of one row begin at
+    the same height.
+    """
+
+    title: str
+    columns: list[list[str | list[str]]]
+    aligned: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a workflow looks: its groups from left to right, and the text of its note, the node "note"."""
+
+    groups: list[Group]
+    note: str
+
+
+LAYOUTS: dict[str, Layout] = {
+    "train_concept": Layout(
+        [
+            Group(
+                "Photos and masks",
+                [
+                    ["photo_1", "photo_2", "photo_3", "photo_4"],
+                    ["mask_1", "mask_2", "mask_3", "mask_4"],
+                    ["checkpoint", "photos", "masks", "note"],
+                ],
+            ),
+            Group("Learn and keep", [["train", "save", "loss"]]),
+            Group("Draw", [["apply", "positive", "negative", "latent"], ["sampler", "decode", "save_image"]]),
+        ],
+        "1. Choose your checkpoint, and 1 to 10 photos of one thing, each with a mask (white where the thing is).\n"
+        "2. Say what kind of thing it is (super-category) and which word shall stand for it (placeholder).\n"
+        "3. Write the placeholder into the prompt, where it would name the thing.\n"
+        "4. Run. The concept is kept in output/perfusion under the placeholder's name, about 31 KB.",
+    ),
+    "two_concepts": Layout(
+        [
+            Group("Concepts", [["checkpoint", "load"]]),
+            Group(
+                "Draw",
+                [["apply", "positive", "negative", "latent"], ["sampler", "decode"], ["save_image", "note"]],
+            ),
+        ],
+        "Train two concepts first, or put their files into models/perfusion and press R.\nEach row has its "
+        "own switch, strength, bias and temperature. Write both placeholders into the prompt.",
+    ),
+    "miniature_train": Layout(
+        [
+            Group("A model and photos", [["checkpoint", "photos", "note"]]),
+            Group("Learn and keep", [["train", "save", "loss"]]),
+            Group(
+                "Draw", [["apply", "positive", "negative", "latent"], ["sampler", "decode", "enlarge"], ["save_image"]]
+            ),
+        ],
+        "Press Run. There is nothing to choose and nothing to download: the *Miniature* is a small Stable Diffusion "
+        "that comes with the pack.\n\nIt learns one teddy bear from five photos, and draws it at a place that none of "
+        "them shows. No prompt can describe this one: its colors and the sign on its belly come from the photos.\n\n"
+        "Then change the prompt, and Run again: nothing is trained anew. **thing** and **category** of *Miniature "
+        "Photos* give something else to learn.",
+    ),
+    "miniature_two_concepts": Layout(
+        [
+            Group("A model", [["checkpoint", "note"]]),
+            Group(
+                "Learn two things",
+                [["photos_teddy", "photos_cat"], ["train_teddy", "train_cat"]],
+                aligned=True,
+            ),
+            Group("Apply both", [["apply_teddy", "apply_cat"]]),
+            Group(
+                "Draw both, and each alone",
+                [
+                    ["both", "teddy", "cat", "negative"],
+                    ["sampler_both", "sampler_teddy", "sampler_cat", "latent"],
+                    [[f"decode_{name}", f"enlarge_{name}"] for name in ("both", "teddy", "cat")],
+                    ["save_image_both", "save_image_teddy", "save_image_cat"],
+                ],
+                aligned=True,
+            ),
+        ],
+        "Press Run. A teddy bear and a cat are learned, one after the other, from five photos each. Nothing has to be "
+        "downloaded or trained before.\n\nTwo *Apply Concepts* in a row add up: the same model then draws both in one "
+        "picture, and each alone, as the prompts say.\n\nTo use files of *Save Concept* instead, and to set the "
+        "strength and bias of each, there is *Load Concepts*.",
+    ),
 }
 COLUMN_WIDTH, GAP = 340, 90
 
-_ARRANGE = """async ([api, columns, groups, note, width, gap]) => {
+_ARRANGE = """async ([api, groups, note, width, gap]) => {
     await app.loadApiJson(api, 'workflow');
     await new Promise((resolve) => setTimeout(resolve, 1500));
-    const byTitle = {};
-    const ids = Object.keys(api);
     const nodes = Object.fromEntries(app.graph._nodes.map((node) => [String(node.id), node]));
-    for (const id of ids) byTitle[id] = nodes[id];
+    for (const node of Object.values(nodes)) {
+        // Nodes 2.0 show what a linked widget holds.
+        const slot = node.findInputSlot('super_category');
+        if (slot >= 0 && node.getInputNode(slot)) {
+            const category = node.getInputNode(slot).widgets.find((w) => w.name === 'category');
+            node.widgets.find((w) => w.name === 'super_category').value = category.value;
+        }
+    }
     const text = LiteGraph.createNode('MarkdownNote') ?? LiteGraph.createNode('Note');
     app.graph.add(text);
     text.title = 'How to use this';
     text.widgets[0].value = note;
-    text.size = [width, 260];
-    byTitle.note = text;
-    let left = 0;
-    const bounds = [];
-    for (const column of columns) {
-        let top = 0;
-        for (const id of column) {
-            const node = byTitle[id];
-            const least = node.computeSize();
-            const height = id === 'note' ? 260 : Math.max(least[1], node.type.startsWith('LoadImage') ? 315 : 0,
-                ['SaveImage', 'LossGraphNode'].includes(node.type) ? 320 : 0, node.type === 'CLIPTextEncode' ? 140 : 0);
-            node.setSize([width, height]);
-            node.pos = [left, top];
-            top += height + gap;
-        }
-        bounds.push([left, top]);
-        left += width + gap;
+    nodes.note = text;
+    const room = {
+        LoadImage: 315, LoadImageMask: 315, SaveImage: 320, LossGraphNode: 320, CLIPTextEncode: 140,
+        PerfusionMiniaturePhotos: 460,
+    };
+    for (const [id, node] of Object.entries(nodes)) {
+        const least = id === 'note' ? 260 : node.computeSize()[1];
+        node.setSize([width, Math.max(least, room[node.type] ?? 0)]);
     }
-    for (const [title, first, last] of groups) {
+    const heightOf = (cell) => cell.reduce((sum, id) => sum + nodes[id].size[1] + gap, 0);
+    let left = 0;
+    for (const { title, columns, aligned } of groups) {
+        const first = left;
+        let bottom = 0;
+        const rows = Math.max(...columns.map((column) => column.length));
+        const rowHeights = Array.from({ length: rows }, (_, row) =>
+            Math.max(...columns.filter((column) => column[row]).map((column) => heightOf(column[row]))));
+        for (const column of columns) {
+            let top = 0;
+            column.forEach((cell, row) => {
+                let place = top;
+                for (const id of cell) {
+                    nodes[id].pos = [left, place];
+                    place += nodes[id].size[1] + gap;
+                }
+                top = aligned ? top + rowHeights[row] : place;
+            });
+            bottom = Math.max(bottom, top);
+            left += width + gap;
+        }
         const group = new LiteGraph.LGraphGroup(title);
-        const bottom = Math.max(...bounds.slice(first, last + 1).map((b) => b[1]));
-        group.pos = [bounds[first][0] - 20, -90];
-        group.size = [bounds[last][0] + width + 20 - bounds[first][0] + 20, bottom + 60];
+        group.pos = [first - 20, -90];
+        group.size = [left - gap - first + 40, bottom + 60];
         app.graph.add(group);
     }
     return JSON.stringify(app.graph.serialize());
@@ -107,24 +189,48 @@ _FIT = """([left, top, width, height]) => {
     app.canvas.setDirty(true, true);
 }"""
 
+# Enough for a look at a reduced checkpoint of random weights, whose pictures show nothing.
+_QUICK = """([checkpoint, size]) => {
+    const set = (node, name, value) => {
+        const widget = node.widgets?.find((w) => w.name === name);
+        if (widget) widget.value = value;
+    };
+    for (const node of app.graph._nodes) {
+        if (node.type === 'CheckpointLoaderSimple') set(node, 'ckpt_name', checkpoint);
+        if (node.type === 'EmptyLatentImage') { set(node, 'width', size); set(node, 'height', size); }
+        if (node.type === 'KSampler') set(node, 'steps', 4);
+        if (node.type === 'PerfusionTrainConcept')
+            for (const [key, value] of Object.entries(
+                { steps: 20, batch_size: 2, resolution: size, contexts: 8, corpus_size: 64 }))
+                set(node, key, value);
+    }
+}"""
+
 
 def main() -> None:
-    """Make both workflows."""
+    """Make the workflows."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/make_workflows.py", description="Makes workflows/*.json and their thumbnails."
+    )
+    parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME", help="these alone")
+    names = parser.parse_args().only
     with tempfile.TemporaryDirectory() as folder:
         base = Base.make(Path(folder) / "base", Path(folder) / "models", {})
         with running_server(main_host(), base, ServerOptions()) as server:
             put_photos(server.base / "input")
-            checkpoint = server.model("checkpoint")
-            make(server, "train_concept", checkpoint)
-            server.queue(cat_of(graph(server, "train_concept")), timeout=600)
-            make(server, "two_concepts", checkpoint)
+            if "two_concepts" in names:
+                teddy = graph(server, "train_concept")
+                for prompt in (teddy, cat_of(teddy)):
+                    server.queue(prompt, timeout=600)
+            for name in names:
+                make(server, name)
 
 
-def make(server: Any, name: str, checkpoint: str) -> None:
+def make(server: Any, name: str) -> None:
     """One workflow and its thumbnail."""
-    api = json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text())
+    api = json.loads((API / f"{name}.json").read_text())
     numbered = {node: str(number) for number, node in enumerate(api, start=1)}
-    graph = {
+    prompt = {
         numbered[node]: {
             **entry,
             "inputs": {
@@ -134,31 +240,27 @@ def make(server: Any, name: str, checkpoint: str) -> None:
         }
         for node, entry in api.items()
     }
-    columns = [[numbered.get(node, node) for node in column] for column in COLUMNS[name]]
+    layout = LAYOUTS[name]
+    groups = [
+        {
+            "title": group.title,
+            "aligned": group.aligned,
+            "columns": [
+                [[numbered.get(node, node) for node in ([cell] if isinstance(cell, str) else cell)] for cell in column]
+                for column in group.columns
+            ],
+        }
+        for group in layout.groups
+    ]
     with comfy_page(server) as page:
-        arguments = [graph, columns, GROUPS[name], NOTES[name], COLUMN_WIDTH, GAP]
-        workflow = json.loads(page.evaluate(_ARRANGE, arguments))
-        (ROOT / "workflows" / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
-        quick = """([checkpoint, size]) => {
-            const set = (node, name, value) => {
-                const widget = node.widgets?.find((w) => w.name === name);
-                if (widget) widget.value = value;
-            };
-            for (const node of app.graph._nodes) {
-                if (node.type === 'CheckpointLoaderSimple') set(node, 'ckpt_name', checkpoint);
-                if (node.type === 'EmptyLatentImage') { set(node, 'width', size); set(node, 'height', size); }
-                if (node.type === 'KSampler') set(node, 'steps', 4);
-                if (node.type === 'PerfusionTrainConcept')
-                    for (const [key, value] of Object.entries(
-                        { steps: 20, batch_size: 2, resolution: size, contexts: 8, corpus_size: 64 }))
-                        set(node, key, value);
-            }
-        }"""
-        page.evaluate(quick, [checkpoint, 64])
-        run_graph(page, timeout=600)
+        workflow = json.loads(page.evaluate(_ARRANGE, [prompt, groups, layout.note, COLUMN_WIDTH, GAP]))
+        (WORKFLOWS / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
+        if any(entry["class_type"] == "CheckpointLoaderSimple" for entry in api.values()):
+            page.evaluate(_QUICK, [server.model("checkpoint"), 64])
+        run_graph(page, timeout=1200)
         page.evaluate(_FIT, list(VIEW))
         page.wait_for_timeout(7000)  # until messages have gone
-        picture = ROOT / "workflows" / f"{name}.png"
+        picture = WORKFLOWS / f"{name}.png"
         left, top, width, height = VIEW
         page.screenshot(path=str(picture), clip={"x": left, "y": top, "width": width, "height": height})
         Image.open(picture).convert("RGB").resize((960, 540), Image.Resampling.LANCZOS).save(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-import torch
-from torch.multiprocessing.spawn import spawn
+from .start import start
 
 
 def main() -> None:
@@ -25,43 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--processes", type=int, default=1, help="share each batch between so many processes; on a CPU, one a core"
     )
-    o = parser.parse_args()
-    if o.processes > 1 and not o.export:
-        spawn(_worker, (o,), o.processes)
-    else:
-        run(o)
-
-
-def _worker(number: int, options: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    meeting = (options.cache / f"processes-{os.getppid()}").absolute().as_uri()
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=options.processes)
-    run(options)
-
-
-def run(o: argparse.Namespace) -> None:
-    """Train or export one part."""
-    if o.export:
-        from .export import export
-
-        export(o.cache, o.part)
-    elif o.part == "vae":
-        from .vae import train
-
-        train(o.cache, o.steps or 1500, o.rate or 1e-3, o.batch or 16, o.pictures, o.compile)
-    elif o.part == "text":
-        from .text import train
-
-        train(o.cache, o.steps or 1500, o.rate or 1e-3, o.batch or 128, o.pictures)
-    elif o.part == "unet":
-        from .unet import train
-
-        share = (o.batch or 32) // o.processes
-        train(o.cache, o.steps or 12_000, o.rate or 1e-3, share, o.pictures, o.compile, o.from_weights)
-    else:
-        from .judges import train
-
-        train(o.cache, o.steps or 3000, o.rate or 2e-3, o.batch or 64, o.pictures)
+    start(parser.parse_args())
 
 
 if __name__ == "__main__":

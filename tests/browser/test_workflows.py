@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser.page import comfy_page, load_graph, prompt_of, run_graph
-from tests.comfyui.test_end_to_end import QUICK, put_photos
+from tests.browser.page import (
+    comfy_page,
+    load_graph,
+    open_template,
+    prompt_of,
+    red_nodes,
+    run_graph,
+    set_values,
+    wait_for_pictures,
+)
+from tests.comfyui.test_end_to_end import API, MINIATURE, QUICK, executed, put_photos
 from tests.hosts import ROOT, Base, ComfyServer, ServerOptions, main_host, running_server
 
 pytest.importorskip("playwright")
@@ -40,26 +50,28 @@ def photograph(page: Any, name: str) -> None:
         page.screenshot(path=str(Path(folder) / f"{name}.png"))
 
 
-def by_kind(prompt: dict[str, Any]) -> list[tuple[str, str]]:
-    """Nodes and their widget values, without ids and links: what a graph says, however it is numbered."""
-    return sorted(
-        (
-            node["class_type"],
-            json.dumps({k: v for k, v in node["inputs"].items() if not isinstance(v, list)}, sort_keys=True),
-        )
-        for node in prompt.values()
+def assert_same(prompt: dict[str, Any], name: str) -> None:
+    """A graph has the nodes of the API twin, and the pack's nodes its values, however they are numbered."""
+    twin = json.loads((API / f"{name}.json").read_text())
+    assert Counter(node["class_type"] for node in prompt.values()) == Counter(
+        node["class_type"] for node in twin.values()
     )
+    for entry in twin.values():
+        if entry["class_type"].startswith("Perfusion"):
+            values = {key: value for key, value in entry["inputs"].items() if not isinstance(value, list)}
+            same_kind = [node["inputs"] for node in prompt.values() if node["class_type"] == entry["class_type"]]
+            assert values in [{key: inputs.get(key) for key in values} for inputs in same_kind]
 
 
 def test_the_template_browser_lists_the_workflows(server: ComfyServer) -> None:
-    assert set(WORKFLOWS) >= {"train_concept", "two_concepts"}
+    assert set(WORKFLOWS) >= {"train_concept", "two_concepts", *MINIATURE}
     assert set(server.get("/api/workflow_templates")["ComfyUI-Perfusion"]) >= set(WORKFLOWS)
     for name in WORKFLOWS:
         served = server.request(f"/api/workflow_templates/ComfyUI-Perfusion/{name}.jpg")
         assert served[:2] == b"\xff\xd8"
 
 
-@pytest.mark.parametrize("node", ["TrainConcept", "SaveConcept", "LoadConcepts", "ApplyConcepts"])
+@pytest.mark.parametrize("node", ["TrainConcept", "SaveConcept", "LoadConcepts", "ApplyConcepts", "MiniaturePhotos"])
 def test_help_pages_are_served(server: ComfyServer, node: str) -> None:
     assert server.request(f"/extensions/ComfyUI-Perfusion/docs/Perfusion{node}.md").startswith(b"#")
 
@@ -67,32 +79,17 @@ def test_help_pages_are_served(server: ComfyServer, node: str) -> None:
 @RENDERERS
 @pytest.mark.parametrize("name", ["train_concept", "two_concepts"])
 def test_a_workflow_says_what_its_api_twin_says(server: ComfyServer, name: str, nodes_2: bool) -> None:
-    twin = json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text())
     with comfy_page(server, nodes_2=nodes_2) as page:
         load_graph(page, workflow(name))
         prompt = prompt_of(page)
         photograph(page, f"{name}-{'nodes_2' if nodes_2 else 'classic'}")
-    expected = {node for node, _ in by_kind(twin)}
-    assert {node for node, _ in by_kind(prompt)} == expected
-    for node in prompt.values():
-        if node["class_type"].startswith("Perfusion"):
-            match = next(entry for entry in twin.values() if entry["class_type"] == node["class_type"])
-            values = {key: value for key, value in match["inputs"].items() if not isinstance(value, list)}
-            assert {key: node["inputs"][key] for key in values} == values
+    assert_same(prompt, name)
 
 
 @RENDERERS
 def test_train_and_draw_from_the_page(server: ComfyServer, nodes_2: bool) -> None:
     """What a user does: open both workflows, choose the checkpoint, press run."""
     checkpoint = server.model("checkpoint")
-    set_values = """([kind, values]) => {
-        for (const node of app.graph._nodes.filter((n) => n.type === kind))
-            for (const [name, value] of Object.entries(values)) {
-                const widget = node.widgets.find((w) => w.name === name);
-                widget.value = value;
-                widget.callback?.(value);
-            }
-    }"""
     small = {"width": QUICK["resolution"], "height": QUICK["resolution"]}
     with comfy_page(server, nodes_2=nodes_2) as page:
         load_graph(page, workflow("train_concept"))
@@ -102,19 +99,41 @@ def test_train_and_draw_from_the_page(server: ComfyServer, nodes_2: bool) -> Non
             "EmptyLatentImage": small,
             "KSampler": {"steps": 2},
         }.items():
-            page.evaluate(set_values, [kind, values])
+            set_values(page, kind, **values)
         run_graph(page)
         photograph(page, f"trained-{'nodes_2' if nodes_2 else 'classic'}")
         load_graph(page, workflow("two_concepts"))
-        page.evaluate(set_values, ["PerfusionLoadConcepts", {"count": 1, "file_1": "my-teddy.safetensors"}])
+        set_values(page, "PerfusionLoadConcepts", count=1, file_1="my-teddy.safetensors")
         for kind, values in {
             "CheckpointLoaderSimple": {"ckpt_name": checkpoint},
             "EmptyLatentImage": small,
             "KSampler": {"steps": 2},
         }.items():
-            page.evaluate(set_values, [kind, values])
+            set_values(page, kind, **values)
         run_graph(page)
     assert (server.base / "output" / "perfusion" / "my-teddy.safetensors").is_file()
+
+
+@RENDERERS
+def test_the_miniature_needs_nothing_but_run(server: ComfyServer, nodes_2: bool) -> None:
+    """Both of its workflows, one after the other, in fewer steps. The template browser is the same for both renderers,
+    and slow here."""
+    shown = {"PerfusionMiniaturePhotos": 5, "SaveImage": 4}
+    with comfy_page(server, nodes_2=nodes_2) as page:
+        for name in MINIATURE:
+            load_graph(page, workflow(name)) if nodes_2 else open_template(page, name)
+            assert_same(prompt_of(page), name)
+            set_values(page, "PerfusionTrainConcept", **QUICK | {"steps": 4})
+            set_values(page, "KSampler", steps=2)
+            run_graph(page)
+            for kind, count in shown.items():
+                wait_for_pictures(page, kind, count)
+            photograph(page, f"{name}-{'nodes_2' if nodes_2 else 'classic'}")
+            assert red_nodes(page) == []
+    last = list(server.get("/history").values())[-1]
+    kinds = [last["prompt"][2][node]["class_type"] for node in executed(last)]
+    # What the first has learned is used by the second: trainings of one node id and the same settings are.
+    assert kinds.count("PerfusionTrainConcept") == 1
 
 
 @RENDERERS

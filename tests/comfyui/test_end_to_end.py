@@ -38,6 +38,7 @@ QUICK = {
     "contexts": 8,
     "corpus_size": 64,
 }
+MINIATURE = ("miniature_train", "miniature_two_concepts")  # workflows that need no checkpoint
 
 
 @pytest.fixture(scope="module", params=[main_host, oldest_host], ids=["main", "oldest"])
@@ -71,6 +72,17 @@ def put_photos(folder: Path) -> None:
             ImageDraw.Draw(shape).ellipse(spot, fill=255)
             scene.save(photo)
             shape.save(mask)
+
+
+def miniature_graph(name: str) -> Prompt:
+    """The API twin of a workflow of the miniature, in fewer steps."""
+    prompt = json.loads((API / f"{name}.json").read_text())
+    for node in prompt.values():
+        if node["class_type"] == "PerfusionTrainConcept":
+            node["inputs"] |= QUICK | {"steps": 8, "resolution": 64}
+        elif node["class_type"] == "KSampler":
+            node["inputs"] |= {"steps": 4}
+    return prompt
 
 
 def graph(server: ComfyServer, name: str) -> Prompt:
@@ -138,6 +150,25 @@ def test_train_save_load_and_draw(server: ComfyServer) -> None:
     assert _pixels(images(server, server.queue(off))[0]) == _pixels(images(server, server.queue(stock))[0])
     assert _pixels(images(server, server.queue(both))[0]) == _pixels(pictures[0])
     assert _pixels(images(server, server.queue(stock))[0]) != _pixels(pictures[0])
+
+
+@pytest.mark.parametrize("name", MINIATURE)
+def test_the_miniature_learns_and_draws_with_nothing_else(server: ComfyServer, name: str) -> None:
+    prompt = miniature_graph(name)
+    run = server.queue(prompt)
+    saved = [node for node in prompt if node.startswith("save_image")]
+    assert len(saved) == (1 if name == "miniature_train" else 3)
+    pictures = [Image.open(server.base / "output" / i["filename"]) for n in saved for i in run["outputs"][n]["images"]]
+    assert [picture.size for picture in pictures] == [(256, 256)] * 4 * len(saved)
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    shown = [run["outputs"][node]["images"] for node in prompt if node.startswith("photos")]
+    assert all(len(photos) == 5 for photos in shown)
+    if "save" in prompt:
+        assert run["outputs"]["save"]["text"] == ["miniature-teddy.safetensors"]
+        assert run["outputs"]["loss"]["images"]
+    again = server.queue(prompt)
+    assert not any(node.startswith("train") for node in executed(again))
+    assert [again["outputs"][node]["images"] for node in prompt if node.startswith("photos")] == shown
 
 
 def _seeded(prompt: Prompt, seed: int) -> dict:

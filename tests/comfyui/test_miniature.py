@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import tests.miniature_weights as miniature_weights
@@ -360,6 +361,79 @@ def test_it_is_trained_on_where_the_host_streams_weights(
         config = comfy_host.module("perfusion.training.config").TrainingConfig(steps=2, batch_size=2, contexts=8)
         _, run = trainer.train(host, photos, trainer.Subject(CAT, "cat"), statistics, config)
     assert len(run.losses) == 2
+
+
+# --- photos
+
+PHOTOS, MASKS, KIND = (("photos", output) for output in range(3))
+
+
+def photos(comfy_host: ComfyHost, **settings: Any) -> Any:
+    """A run of Miniature Photos, with what it gave."""
+    inputs = {"category": "teddy bear", "thing": 28, "count": 5, "seed": 0} | settings
+    return comfy_host.execute({"photos": node("PerfusionMiniaturePhotos", **inputs)}, keep=[PHOTOS, MASKS, KIND])
+
+
+def thing_colors(run: Any) -> Tensor:
+    """How often each of 64 colors is where the things are: (64,), with sum 1."""
+    levels = (run[PHOTOS][run[MASKS] > 0.99] * 3.99).long()
+    return torch.bincount(levels @ torch.tensor([16, 4, 1]), minlength=64) / len(levels)
+
+
+def test_photos_and_masks(comfy_host: ComfyHost) -> None:
+    run = photos(comfy_host, category="boat")
+    images, masks = run[PHOTOS], run[MASKS]
+    assert images.shape == (5, 64, 64, 3) and masks.shape == (5, 64, 64)
+    for tensor in (images, masks):
+        assert tensor.dtype == torch.float32 and 0 <= float(tensor.min()) <= float(tensor.max()) <= 1
+    assert run[KIND] == "boat"
+    assert all(0.1 < float(mask.mean()) < 0.5 for mask in masks)
+    assert all(masks.flatten(1).max(dim=1).values == 1)
+    shown = [comfy_host.base / "temp" / image["filename"] for image in run.ui["photos"]["images"]]
+    assert len(shown) == 5
+    for path in shown:
+        with Image.open(path) as picture:
+            assert picture.size == (256, 256)
+
+
+def test_the_same_seed_takes_the_same_photos(comfy_host: ComfyHost) -> None:
+    first = photos(comfy_host)
+    comfy_host.new_executor()
+    again, more, one = photos(comfy_host), photos(comfy_host, count=16), photos(comfy_host, count=1)
+    for output in (PHOTOS, MASKS):
+        assert torch.equal(first[output], again[output])
+        assert torch.equal(first[output], more[output][:5])
+        assert torch.equal(first[output][:1], one[output])
+
+
+def test_another_seed_takes_other_photos_of_the_same_thing(comfy_host: ComfyHost) -> None:
+    first, others = photos(comfy_host), [photos(comfy_host, seed=1), photos(comfy_host, seed=2**53 - 1)]
+    pictures = torch.cat([run[PHOTOS] for run in (first, *others)])
+    assert len({picture.numpy().tobytes() for picture in pictures}) == len(pictures)
+    strangers = [photos(comfy_host, thing=thing) for thing in (0, 9999)]
+    far = [float((thing_colors(run) - thing_colors(first)).abs().sum()) for run in (*others, *strangers)]
+    assert max(far[:2]) < 0.3 < 1 < min(far[2:])
+
+
+def test_masks_are_on_the_thing(comfy_host: ComfyHost) -> None:
+    """This bear has stripes of a pink that nothing else has."""
+    from miniature import world
+
+    run = photos(comfy_host, count=16)
+    pink = torch.tensor(world.instance("teddy bear", 28).color) / 255
+    striped = (run[PHOTOS] - pink).abs().amax(dim=-1) < 0.15
+    assert all(striped.flatten(1).sum(dim=1) > 30)
+    assert float((striped & (run[MASKS] == 0)).sum()) / float(striped.sum()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"count": 0}, {"count": 17}, {"thing": -1}, {"thing": 10_000}, {"seed": -1}, {"category": "dragon"}]
+)
+def test_what_cannot_be_photographed_is_refused(comfy_host: ComfyHost, wrong: dict[str, Any]) -> None:
+    with pytest.raises(PromptError) as refused:
+        photos(comfy_host, **wrong)
+    (error,) = refused.value.node_errors["photos"]["errors"]
+    assert error["extra_info"]["input_name"] in wrong
 
 
 # --- files

@@ -25,6 +25,7 @@ NODES = [
     "PerfusionApplyConcepts",
     "PerfusionMiniature",
     "PerfusionMiniatureLatent",
+    "PerfusionMiniaturePhotos",
 ]
 STACK, LATENT, TRAINED = ("load", 0), ("sampler", 0), ("train", 0)
 
