@@ -49,7 +49,7 @@ def personal_scene(number: int, rng: Random) -> Scene:
 
 
 def pool(folder: Path, seed: str, count: int, workers: int | None = None) -> Tensor:
-    """Pictures (count, 64, 64, 3), uint8, memory-mapped from ``folder``; what is not there yet is drawn now.
+    """Pictures (count, 64, 64, 3), uint8, from ``folder``; what is not there yet is drawn now.
 
     Interrupted, it goes on where it stopped: a pool is kept in files of 500 pictures.
     """

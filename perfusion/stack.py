@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from .concept import Concept
 from .edit import Directions, Gate, KeyValueEdit
@@ -104,3 +106,12 @@ class ConceptStack:
             {layer: torch.stack([c.o_star_v[layer] for c in concepts]) for layer in concepts[0].family.layers},
             [use.lock for use in self.uses],
         )
+
+
+def shut_words(stack: ConceptStack, edit: KeyValueEdit, encodings: Sequence[Tensor]) -> list[str]:
+    """The words of a stack whose gate no token of any encoding (b, m, d) opens by half; none without encodings."""
+    gates = [edit.directions_on(e.device).gates(e)[1].amax(dim=(0, 1)).cpu() for e in encodings]
+    if not gates:
+        return []
+    widest = torch.stack(gates).amax(dim=0)
+    return [word for word, gate in zip(stack.placeholders, widest, strict=True) if gate < 0.5]

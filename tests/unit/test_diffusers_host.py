@@ -622,7 +622,9 @@ def test_a_concept_that_no_prompt_names_is_reported(
         call(pipe, PROMPT)
         assert not caplog.records
         call(pipe, "a house " * 50 + TEDDY)
-    assert [record.message.split(" will not appear")[0] for record in caplog.records] == [TEDDY]
+    # transformers says once in a process that a text is long, in whichever test comes first.
+    own = [record for record in caplog.records if record.name.startswith("perfusion.")]
+    assert [record.message.split(" will not appear")[0] for record in own] == [TEDDY]
 
 
 def test_nested_blocks_are_refused(pipe: Any, host: DiffusersHost) -> None:

@@ -16,7 +16,7 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor
 
 from ...edit import KeyValueEdit
-from ...stack import ConceptStack
+from ...stack import ConceptStack, shut_words
 from .structure import projections
 from .text import KEY, KEY_SHIFT, KeyShift
 
@@ -147,11 +147,7 @@ def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) 
     """Name the concepts whose gate no token of any prompt opens by half."""
     encodings = [conditioning.get("cross_attn") for some in conds.values() for conditioning in some]
     encodings = [encoding for encoding in encodings if encoding is not None]
-    if owner.edit is None or not encodings:
-        return
-    gates = [owner.edit.directions_on(e.device).gates(e)[1].amax(dim=(0, 1)).cpu() for e in encodings]
-    widest = torch.stack(gates).amax(dim=0)
-    shut = [word for word, gate in zip(owner.stack.placeholders, widest, strict=True) if gate < 0.5]
+    shut = [] if owner.edit is None else shut_words(owner.stack, owner.edit, encodings)
     if shut:
         logger.warning(
             "%s will not appear: no prompt of this run contains the word, or its gate stays shut. Write the word into "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...stack import ConceptStack
+from ...stack import ConceptStack, shut_words
 from .patching import EditedProjections, replaced
 from .structure import UnsupportedPipelineError, family_of, require_fit
 from .text import ClipText, contains_word
@@ -128,11 +128,7 @@ class _Applied:
 
     def _warn_of_shut_gates(self, encodings: Sequence[Tensor]) -> None:
         """Name the concepts whose gate no token of any prompt opens by half."""
-        gates = [self.edit.directions_on(e.device).gates(e)[1].amax(dim=(0, 1)).cpu() for e in encodings]
-        if not gates:
-            return
-        widest = torch.stack(gates).amax(dim=0)
-        shut = [word for word, gate in zip(self.stack.placeholders, widest, strict=True) if gate < 0.5]
+        shut = shut_words(self.stack, self.edit, encodings)
         if shut:
             logger.warning(
                 "%s will not appear: no prompt contains the word within its first 75 tokens, or its gate stays shut. "
