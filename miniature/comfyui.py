@@ -37,12 +37,13 @@ from .weights import FOLDER
 _VAE_LEVELS = 4  # ComfyUI counts the decoder's levels from this down
 # Bytes for each pixel and byte of a number, as ComfyUI reckons for Stable Diffusion's VAE of 128 channels.
 _ENCODING, _DECODING = 1767, 2178
+_PARTS = ("unet", "vae", "text_encoder", "image_encoder")
 # What a model is made from; validated before anything runs, and watched for changes.
 _FILES = tuple(
     Path(*names)
     for names in (
-        *((part, weights.FILES[part]) for part in ("unet", "vae", "text_encoder")),
-        *((part, "config.json") for part in ("unet", "vae", "text_encoder")),
+        *((part, weights.FILES[part]) for part in _PARTS),
+        *((part, "config.json") for part in _PARTS),
         *(("tokenizer", name) for name in ("vocab.json", "merges.txt", "tokenizer_config.json")),
     )
 )

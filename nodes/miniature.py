@@ -41,6 +41,11 @@ class PerfusionMiniature(io.ComfyNode):
                     display_name="clip", tooltip="The text encoder. It knows the words of the little world alone."
                 ),
                 io.Vae.Output(display_name="vae", tooltip="Between pictures and latents of a quarter of their size."),
+                io.ClipVision.Output(
+                    display_name="clip_vision",
+                    tooltip="The image tower that was trained together with the text encoder: it says how alike "
+                    "pictures are, and how true to a prompt.",
+                ),
             ],
         )
 
@@ -59,9 +64,10 @@ class PerfusionMiniature(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        """Load all three parts, anew: what is handed out belongs to whoever gets it."""
+        """Load all parts, anew: what is handed out belongs to whoever gets it."""
         with naming(NODE):
-            return io.NodeOutput(*miniature.load(FOLDER, folder_paths.get_folder_paths("embeddings")))
+            parts = miniature.load(FOLDER, folder_paths.get_folder_paths("embeddings"))
+            return io.NodeOutput(*parts, miniature.load_clip_vision(FOLDER))
 
 
 class PerfusionMiniatureLatent(io.ComfyNode):

@@ -14,7 +14,7 @@ from ..data import ALIKE, VIEWS, personal_category, pool, pool_scene, to_network
 from ..judge import CATEGORY_NAMES, COLOR_NAMES, WORN, Judge, Verdict
 from ..styles import STYLES
 from ..world import PATTERNS, Scene
-from .run import Run
+from .run import Run, autocast, device
 
 NOT_ASKED = -100
 TEMPERATURE = 0.1
@@ -24,7 +24,7 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> No
     """Train on ``pictures`` scenes and a third as many of personal things; the checkpoint goes to ``cache/judges``."""
     torch.manual_seed(0)
     judge: Any = Judge()
-    judge.to(memory_format=torch.channels_last)
+    judge.to(device(), memory_format=torch.channels_last)
     run = Run(cache / "judges", {"judge": judge}, steps=steps, rate=rate, ema=0.998, weight_decay=0.05)
     data, told = pool(cache, "train", pictures), labels([pool_scene("train", k) for k in range(pictures)])
     personal = pool(cache, "personal", pictures // 3)
@@ -37,14 +37,14 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> No
         things = (some[:, None] * ALIKE + torch.arange(ALIKE)).flatten()
         shown = (things[:, None] * VIEWS + views).flatten()
         x = torch.cat([to_network(data[index]), to_network(personal[shown])])
-        x = _worsened(x, generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        x = _worsened(x, generator).to(device(), memory_format=torch.channels_last)
+        with autocast():
             verdict = judge(x)
         category = torch.tensor([CATEGORY_NAMES.index(personal_category(k)) for k in things.tolist()])
-        category = category.repeat_interleave(2)
-        own = verdict.identity[batch:][torch.arange(len(shown)), category].float()
+        category = category.repeat_interleave(2).to(device())
+        own = verdict.identity[batch:][torch.arange(len(shown), device=device()), category].float()
         named = Verdict(**{name: value[:batch].float() for name, value in vars(verdict).items()})
-        return named_loss(named, {k: v[index] for k, v in told.items()}) + _contrast(own, category)
+        return named_loss(named, {k: v[index].to(device()) for k, v in told.items()}) + _contrast(own, category)
 
     run.train(loss_of)
 
@@ -85,8 +85,9 @@ def _contrast(own: Tensor, category: Tensor) -> Tensor:
     """Two views of a thing, pairs in (2n, e), lie together, away from all others of its category."""
     logits = own @ own.T / TEMPERATURE
     others = category[:, None] != category[None, :]
-    logits = logits.masked_fill(torch.eye(len(own), dtype=torch.bool) | others, float("-inf"))
-    return cross_entropy(logits, torch.arange(len(own)) ^ 1)
+    itself = torch.eye(len(own), dtype=torch.bool, device=own.device)
+    logits = logits.masked_fill(itself | others, float("-inf"))
+    return cross_entropy(logits, torch.arange(len(own), device=own.device) ^ 1)
 
 
 def _worsened(x: Tensor, generator: torch.Generator) -> Tensor:

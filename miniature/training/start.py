@@ -33,7 +33,8 @@ def _run(o: argparse.Namespace) -> None:
     elif o.part == "vae":
         from .vae import train
 
-        train(o.cache, o.steps or 1500, o.rate or 1e-3, o.batch or 16, o.pictures, o.compile)
+        share = (o.batch or 16) // o.processes
+        train(o.cache, o.steps or 1500, o.rate or 1e-3, share, o.pictures, o.compile, o.from_weights, o.seed)
     elif o.part == "text":
         from .text import train
 
@@ -42,7 +43,7 @@ def _run(o: argparse.Namespace) -> None:
         from .unet import train
 
         share = (o.batch or 32) // o.processes
-        train(o.cache, o.steps or 12_000, o.rate or 1e-3, share, o.pictures, o.compile, o.from_weights)
+        train(o.cache, o.steps or 12_000, o.rate or 1e-3, share, o.pictures, o.compile, o.from_weights, o.seed)
     else:
         from .judges import train
 

@@ -15,7 +15,7 @@ from ..captions import NEUTRAL_SENTENCES, caption
 from ..data import pool, pool_scene, to_network
 from ..networks import TOKENS, contrastive
 from ..weights import FOLDER
-from .run import Run
+from .run import Run, autocast, device
 
 _LONG = 0.04  # share of batches with captions of up to 77 tokens, so that no position stays untrained
 
@@ -23,9 +23,11 @@ _LONG = 0.04  # share of batches with captions of up to 77 tokens, so that no po
 def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> None:
     """Train on ``pictures`` scenes; the checkpoint goes to ``cache/text``."""
     torch.manual_seed(0)
+    here = device()
     tokenizer = tokens.load(FOLDER / "tokenizer")
     model = contrastive(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
     model.set_attn_implementation("eager")
+    model.to(here)
     run = Run(cache / "text", {"clip": model}, steps=steps, rate=rate, ema=0.998, weight_decay=0.05)
     data = pool(cache, "train", pictures)
     scenes = [pool_scene("train", k) for k in range(pictures)]
@@ -43,12 +45,11 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> No
         if rng.random() < _LONG:
             texts = [_lengthened(rng, text) for text in texts]
         encoded = tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(
-                input_ids=encoded.input_ids, attention_mask=None, pixel_values=to_network(data[torch.tensor(index)])
-            )
+        pictures_seen = to_network(data[torch.tensor(index)]).to(here)
+        with autocast():
+            out = model(input_ids=encoded.input_ids.to(here), attention_mask=None, pixel_values=pictures_seen)
         logits = out.logits_per_text.float()
-        target = torch.arange(len(index))
+        target = torch.arange(len(index), device=here)
         return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
     run.train(loss_of)

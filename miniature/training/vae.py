@@ -11,24 +11,36 @@ from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
 from ..data import pool, to_network
 from ..networks import autoencoder
+from ..weights import read
 from .compiling import compilable
-from .run import Run
+from .run import Run, autocast, device
 
 KL_WEIGHT = 3e-5
 
 
-def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compiled: bool) -> None:
-    """Train on ``pictures`` scenes; the checkpoint goes to ``cache/vae``."""
-    torch.manual_seed(0)
+def train(
+    cache: Path,
+    steps: int,
+    rate: float,
+    batch: int,
+    pictures: int,
+    compiled: bool,
+    start_from_weights: bool = False,
+    seed: int = 0,
+) -> None:
+    """Train on ``pictures`` scenes; the checkpoint goes to ``cache/vae``.
+
+    ``start_from_weights``: a new run begins with the weights that ship, not at random.
+    """
+    torch.manual_seed(seed)
     data = pool(cache, "train", pictures)
     vae: Any = autoencoder()
-    vae.to(memory_format=torch.channels_last)
-    with torch.no_grad():  # at first the noise must not drown the latents, or the decoder learns to ignore them
-        first = vae.encode(to_network(data[:64])).latent_dist.mean
-        vae.quant_conv.weight[:4] /= first.std()
-        vae.quant_conv.bias.zero_()
-        vae.quant_conv.bias[4:] = -6.0
-    run = Run(cache / "vae", {"vae": vae}, steps=steps, rate=rate, ema=0.998)
+    if start_from_weights:
+        vae.load_state_dict({name: value.float() for name, value in read("vae").items()})
+    else:
+        _begin(vae, to_network(data[:64]))
+    vae.to(device(), memory_format=torch.channels_last)
+    run = Run(cache / "vae", {"vae": vae}, steps=steps, rate=rate, seed=seed, ema=0.998)
 
     def objective(x: Tensor, noise: Tensor) -> Tensor:
         posterior = vae.encode(x).latent_dist
@@ -46,12 +58,21 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int, compi
 
     def loss_of(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(data), (batch,), generator=generator)
-        x = to_network(data[index]).contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(batch, 4, 16, 16, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        x = to_network(data[index]).to(device(), memory_format=torch.channels_last)
+        noise = torch.randn(batch, 4, 16, 16, generator=generator).to(device())
+        with autocast():
             return objective_of(x, noise)
 
     run.train(loss_of)
+
+
+def _begin(vae: Any, pictures: Tensor) -> None:
+    """Latents of unit scale and little noise: else the noise drowns them, and the decoder learns to ignore them."""
+    with torch.no_grad():
+        first = vae.encode(pictures).latent_dist.mean
+        vae.quant_conv.weight[:4] /= first.std()
+        vae.quant_conv.bias.zero_()
+        vae.quant_conv.bias[4:] = -6.0
 
 
 def _edges(x: Tensor, axis: int) -> Tensor:
