@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 from comfy_api.latest import io
 
-from ..perfusion.concept import check_placeholder
+from ..perfusion.concept import check_placeholder, file_stem
 from ..perfusion.corpus import load_captions, paper_templates
 from ..perfusion.edit import FORMS
 from ..perfusion.hosts.comfyui import library
-from ..perfusion.hosts.comfyui.progress import progress_on
+from ..perfusion.hosts.comfyui.progress import TrainingView, progress_on
+from ..perfusion.hosts.comfyui.scoring import ClipSimilarity
 from ..perfusion.hosts.comfyui.training import ComfyHost
 from ..perfusion.stack import ConceptStack, ConceptUse
 from ..perfusion.statistics import ESTIMATORS, cached
+from ..perfusion.training.checkpoint import goes_on, photos_digest
 from ..perfusion.training.config import RATES, TrainingConfig
 from ..perfusion.training.dataset import prepare
-from ..perfusion.training.trainer import StepReport, Subject, Trainer, require_words, train
-from .common import ADVANCED, Concepts, naming, schema
+from ..perfusion.training.scoring import (
+    Drawing,
+    LossGateScorer,
+    PictureScorer,
+    Previewed,
+    Scorer,
+    validation_prompts,
+)
+from ..perfusion.training.session import MOST_PATIENCE, Outcome, Session
+from ..perfusion.training.trainer import Subject, Trainer, TrainingError, require_words
+from .common import ADVANCED, Concepts, Training, naming, schema
+
+logger = logging.getLogger(__name__)
 
 NODE = "Train Concept"
 OWN_CAPTIONS = "built-in"
+RESUME = ("automatic", "never")
+PREVIEWS = 4
 
 
 class PerfusionTrainConcept(io.ComfyNode):
@@ -147,12 +165,62 @@ class PerfusionTrainConcept(io.ComfyNode):
                     "empty, short general ones are used.",
                     extra_dict=ADVANCED,
                 ),
+                # Optional from here on: graphs that were saved before these inputs came still run.
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Judges the steps by pictures, so that the best one is found: a CLIP Vision model such as "
+                    "ViT-L, or the Miniature's own.",
+                ),
+                io.Clip.Input(
+                    "score_clip",
+                    optional=True,
+                    tooltip="The text encoder that was trained together with that CLIP Vision, from Load CLIP. "
+                    "Checkpoints of Stable Diffusion 1.x lack a part of it. Left out, the one on clip is taken.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=25,
+                    min=1,
+                    max=10_000,
+                    optional=True,
+                    tooltip="After how many steps each the concept is judged, and the training saved to go on from.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Int.Input(
+                    "patience",
+                    default=4,
+                    min=0,
+                    max=MOST_PATIENCE,
+                    optional=True,
+                    tooltip="Stops early when so many judged steps in a row are clearly worse than the best. 0: never.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "previews",
+                    default=True,
+                    optional=True,
+                    tooltip="Draws a few pictures at each judged step, always from the same noise. With a CLIP Vision "
+                    "connected they are drawn in any case.",
+                ),
+                io.Combo.Input(
+                    "resume",
+                    options=[*RESUME, *library.trainings()],
+                    default=RESUME[0],
+                    optional=True,
+                    tooltip="automatic: if this very training was stopped before, it goes on from there, exactly as if "
+                    "it had not been. never: begins anew. Or a training by name, which must have these settings.",
+                    extra_dict=ADVANCED,
+                ),
             ],
             outputs=[
                 Concepts.Output(
-                    display_name="concept", tooltip="What was learned: for Save Concept and Apply Concepts."
+                    display_name="concept",
+                    tooltip="What was learned, at its best step: for Save Concept and Apply Concepts.",
                 ),
                 io.LossMap.Output(display_name="loss", tooltip="The loss of each step, for Plot Loss Graph."),
+                Training.Output(display_name="steps", tooltip="All judged steps, for Pick Step."),
+                io.String.Output(display_name="report", tooltip="The judged steps and their scores, as a table."),
             ],
         )
 
@@ -187,14 +255,133 @@ class PerfusionTrainConcept(io.ComfyNode):
         with naming(NODE, "corpus"):
             corpus = _corpus(host, one["corpus"], one["corpus_size"])
             statistics = cached(host, corpus, library.statistics_folder(), progress_on(cls.hidden.unique_id))
-        report_step = progress_on(cls.hidden.unique_id)
+        with naming(NODE), host.training(gradient_checkpointing=config.gradient_checkpointing):
+            trainer = Trainer(host, photos, subject, statistics, config)
+            with TrainingView(cls.hidden.unique_id) as view:
+                session = Session(
+                    trainer,
+                    scorer=_scorer(host, subject, one, config.resolution),
+                    state=_state(trainer, one.get("resume", RESUME[0])),
+                    every=one.get("checkpoint_every", 25),
+                    patience=one.get("patience", 4),
+                    listeners=[view],
+                )
+                outcome = _finished(session, view)
+        stack = ConceptStack((ConceptUse(outcome.concept),))
+        return io.NodeOutput(stack, {"loss": list(outcome.losses)}, outcome, table(outcome))
 
-        def show(trainer: Trainer, report: StepReport) -> None:
-            report_step(report.step, report.steps)
 
-        with naming(NODE):
-            concept, trainer = train(host, photos, subject, statistics, config, [show])
-        return io.NodeOutput(ConceptStack((ConceptUse(concept),)), {"loss": trainer.losses})
+class PerfusionPickStep(io.ComfyNode):
+    """Another step of a training than the best."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ``web/docs/PerfusionPickStep.md``."""
+        return schema(
+            node_id="PerfusionPickStep",
+            display_name="Pick Step",
+            category="Perfusion/train",
+            description="Takes the concept as it was after another step of its training than the best one: earlier "
+            "ones obey prompts better, later ones are closer to the photos.",
+            search_aliases=["perfusion checkpoint", "training step", "epoch"],
+            inputs=[
+                Training.Input("steps", tooltip="From Train Concept."),
+                io.Int.Input(
+                    "step",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="The judged step nearest to this one is taken. 0: the best.",
+                ),
+            ],
+            outputs=[
+                Concepts.Output(display_name="concept", tooltip="For Save Concept and Apply Concepts."),
+                io.Int.Output(display_name="step", tooltip="The step that was taken."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, steps: Outcome, step: int) -> io.NodeOutput:
+        """The checkpoint of that step."""
+        if not step:
+            return io.NodeOutput(ConceptStack((ConceptUse(steps.concept),)), steps.best_step)
+        nearest = min(steps.checkpoints, key=lambda each: abs(each.step - step))
+        return io.NodeOutput(ConceptStack((ConceptUse(nearest.concept),)), nearest.step)
+
+
+def _scorer(host: ComfyHost, subject: Subject, one: dict[str, Any], size: int) -> Scorer:
+    """By pictures where there is a CLIP Vision to look at them, else by loss and gate, which is weaker."""
+    between = comfy.model_management.throw_exception_if_processing_interrupted
+    prompts = validation_prompts(host, subject)
+    if one.get("clip_vision") is not None:
+        own = one.get("score_clip") is None
+        similarity = ClipSimilarity(one["clip_vision"], one["clip" if own else "score_clip"], host.reload)
+        return PictureScorer(host, similarity, None, prompts, size=size, between=between)
+    logger.warning(
+        "%s: no CLIP Vision is connected, so steps are judged by loss and gate, which is weaker: it does not see "
+        "pictures, and leans to late steps.",
+        NODE,
+    )
+    scorer = LossGateScorer(prompts)
+    if not one.get("previews", True):
+        return scorer
+    return Previewed(scorer, Drawing(host, prompts[:PREVIEWS], size=size, between=between))
+
+
+def _state(trainer: Trainer, resume: str) -> Path:
+    """The file in which this training is kept: that of the same training before, or a new one."""
+    if resume not in RESUME:
+        with naming(NODE, "resume"):
+            return library.find_training(resume)
+    # Files are compared with a tolerance, for other cards compute slightly other numbers; going on by itself is for the
+    # very same photos only.
+    stem = f"{file_stem(trainer.subject.placeholder)}-{photos_digest(trainer.photos)[:8]}"
+    for number in itertools.count(1):
+        path = library.training_folder() / f"{stem if number == 1 else f'{stem}_{number}'}.safetensors"
+        if not path.exists() or (resume == RESUME[0] and goes_on(path, trainer)):
+            return path
+    raise AssertionError("unreachable")
+
+
+def _finished(session: Session, view: TrainingView) -> Outcome:
+    """Run a session. What was learned when it is stopped is kept as a concept file, too, to be tried at once."""
+    try:
+        return session.run()
+    except BaseException as error:
+        if (best := session.best) is not None:
+            name = f"{best.concept.placeholder.strip('<>')}-step-{best.step}"
+            try:
+                path = best.concept.save_numbered(library.output_folder(), name, library.searched_before_output())
+            except OSError as problem:
+                logger.warning("%s: the concept of step %d could not be saved: %s", NODE, best.step, problem)
+            else:
+                logger.warning("%s: stopped; the concept of step %d is saved as %s", NODE, best.step, path.name)
+                view.tell(step=best.step, saved=path.name)
+                if isinstance(error, TrainingError):
+                    raise TrainingError(f"{error} It is saved as {path.name}.") from error
+        raise
+
+
+def table(outcome: Outcome) -> str:
+    """The judged steps of a training, one a line, as plain text."""
+
+    def said(value: float | None) -> str:
+        return "      -" if value is None else f"{value:7.4f}"
+
+    scores = [each.score for each in outcome.checkpoints]
+    weak = any(score is not None and score.weak for score in scores)
+    lines = [f"{'step':>6} {'score':>7} {'image':>7} {'text':>7} {'loss':>7}"]
+    for each, score in zip(outcome.checkpoints, scores, strict=True):
+        values = (None, None, None) if score is None else (score.value, score.image, score.text)
+        best = "  best" if each.step == outcome.best_step else ""
+        lines.append(f"{each.step:6} {' '.join(map(said, (*values, each.loss)))}{best}")
+    if outcome.resumed_from:
+        lines.append(f"Went on from step {outcome.resumed_from}.")
+    if outcome.stopped_early:
+        lines.append("Stopped early: the score had clearly passed its best.")
+    if weak:
+        lines.append("Judged by loss and gate alone. Connect a CLIP Vision to judge by pictures.")
+    return "\n".join(lines)
 
 
 def _flat_masks(batches: list[Any] | None) -> list[Any] | None:
@@ -211,4 +398,4 @@ def _corpus(host: ComfyHost, name: str, size: int) -> list[str]:
     return load_captions(path, limit=size)
 
 
-NODES = [PerfusionTrainConcept]
+NODES = [PerfusionTrainConcept, PerfusionPickStep]

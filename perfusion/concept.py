@@ -1,9 +1,10 @@
 """A learned concept, and its .safetensors file.
 
 The file holds, in half precision, per text encoder the word's embeddings; the target input i*, its dual vector d* and
-the super-category's encoding e_super, each (d,); and the target values o*_V of all layers one after the other. Keys are
-never stored: they are locked to the super-category and follow the model in use. Metadata (all text) says for which
-family, word and super-category, and how it was trained; the ModelSpec 1.0.1 keys tell other programs.
+the super-category's encoding e_super, each (d,); and the target values o*_V of all layers one after the other, in half
+precision or, for families with many of them, in 8 bits (``quantization``). Keys are never stored: they are locked to
+the super-category and follow the model in use. Metadata (all text) says for which family, word and super-category, and
+how it was trained; the ModelSpec 1.0.1 keys tell other programs.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -25,12 +27,18 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from . import foreign
 from .edit import FORMS, Form
 from .family import Family
 from .files import write_atomically
+from .quantization import dequantize, quantize
+from .quantization import rounded as rounded_to_8_bits
 from .statistics import ESTIMATORS, Estimator
 
-FORMAT = 1
+Storage = Literal["half", "8bit"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+# How o*_V is stored -> the format version that says so. Programs that know version 1 alone refuse the others by it.
+FORMATS: dict[Storage, str] = {"half": "1", "8bit": "2"}
 MAX_HEADER = 1 << 20
 MAX_FILE = 16 << 20
 MAX_VECTORS = 32
@@ -43,6 +51,9 @@ _WINDOWS_DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IG
 _DTYPES = {"F16", "BF16", "F32"}
 _PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 _EMBEDDING = "embedding."
+_VALUES, _SCALES = "o_star_v", "o_star_v.scale"
+_TENSORS_IN_HEADER = 4096  # more than names, types and places of all tensors take
+_LARGE_FAMILIES = {"sdxl"}  # in half precision their target values alone would take more than 100 KB
 
 
 class ConceptFileError(ValueError):
@@ -67,10 +78,11 @@ def check_placeholder(placeholder: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """What was learned. Tensors are float32 in memory with values that half precision holds, so that a concept fresh
+    """What was learned. Tensors are float32 in memory with values that the file holds exactly, so that a concept fresh
     from training and the same one read back from its file are equal.
 
     ``embeddings``: encoder -> (n, width); ``i_star``, ``d_star``, ``e_super``: (d,); ``o_star_v``: layer -> (i,).
+    ``storage`` is how the file keeps ``o_star_v``; all else is kept in half precision.
     Raises ConceptFileError when shapes do not fit the family or a number is not finite.
     """
 
@@ -87,12 +99,15 @@ class Concept:
     training: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     thumbnail: str = ""
+    storage: Storage = "half"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
         object.__setattr__(self, "super_category", _text(self.super_category))
         if self.form not in FORMS or self.estimator not in ESTIMATORS:
             raise ConceptFileError(f"it uses a form of the method ({self.form}, {self.estimator}) this version lacks")
+        if self.storage not in STORAGES:
+            raise ValueError(f"target values are stored in one of {', '.join(STORAGES)}, not {self.storage!r}")
         d = self.family.context_width
         for name in ("i_star", "d_star", "e_super"):
             _require_shape(name, getattr(self, name), (d,))
@@ -114,25 +129,36 @@ class Concept:
 
     @classmethod
     def rounded(cls, **fields: Any) -> Concept:
-        """A concept whose tensors are rounded to what its file will hold."""
+        """A concept whose tensors are rounded to what its file will hold.
+
+        Without ``storage`` it is the family's: 8 bits for SDXL, half precision for all others.
+        """
 
         def half(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", torch.float16).float()
 
         for name in ("i_star", "d_star", "e_super"):
             fields[name] = half(fields[name])
-        for name in ("embeddings", "o_star_v"):
-            fields[name] = {key: half(tensor) for key, tensor in fields[name].items()}
+        fields["embeddings"] = {key: half(rows) for key, rows in fields["embeddings"].items()}
+        layers: Mapping[str, Tensor] = fields["o_star_v"]
+        storage = fields.setdefault("storage", "8bit" if fields["family"].name in _LARGE_FAMILIES else "half")
+        values = rounded_to_8_bits(list(layers.values())) if storage == "8bit" else map(half, layers.values())
+        fields["o_star_v"] = dict(zip(layers, values, strict=True))
         fields.setdefault("created", datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
         return cls(**fields)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the file, in half precision."""
+        """The tensors of the file: float16, and with 8-bit storage int8 codes of ``o_star_v`` and their scales."""
         stored = {_EMBEDDING + name: rows for name, rows in self.embeddings.items()}
         stored |= {"i_star": self.i_star, "d_star": self.d_star, "e_super": self.e_super}
-        stored["o_star_v"] = torch.cat(list(self.o_star_v.values()))
-        return {name: tensor.to(torch.float16).contiguous() for name, tensor in stored.items()}
+        layers = list(self.o_star_v.values())
+        if self.storage == "half":
+            stored[_VALUES] = torch.cat(layers)
+        tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in stored.items()}
+        if self.storage == "8bit":
+            tensors[_VALUES], tensors[_SCALES] = quantize(layers)
+        return tensors
 
     @property
     def digest(self) -> str:
@@ -151,7 +177,8 @@ class Concept:
         content = sha256(json.dumps(text, separators=(",", ":")).encode())
         for name, tensor in sorted(self.tensors.items()):
             content.update(f"{name}{list(tensor.shape)}".encode())
-            content.update(tensor.numpy().astype("<f2").tobytes())
+            array = tensor.numpy()
+            content.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         return content.hexdigest()
 
     @property
@@ -172,7 +199,7 @@ class Concept:
             **({"thumbnail": self.thumbnail} if self.thumbnail else {}),
         }
         own = {
-            "format": str(FORMAT),
+            "format": FORMATS[self.storage],
             "family": self.family.to_json(),
             "placeholder": self.placeholder,
             "super_category": self.super_category,
@@ -185,12 +212,30 @@ class Concept:
             f"perfusion.{key}": value for key, value in own.items()
         }
 
-    def save(self, path: Path, *, overwrite: bool = False) -> Path:
-        """Write the file atomically. Raises FileExistsError unless ``overwrite``, OSError when it cannot be written."""
-        write_atomically(path, self.tensors, self.metadata, overwrite=overwrite)
+    @property
+    def header_room(self) -> int:
+        """How many bytes of extra metadata, keys and punctuation included, the file's header has room for."""
+        return MAX_HEADER - len(json.dumps(self.metadata)) - _TENSORS_IN_HEADER
+
+    def to_bytes(self) -> bytes:
+        """The content of the file, the same for equal concepts: other than in a saved file, the header is sorted."""
+        data = save_tensors(self.tensors, self.metadata)
+        header = json.loads(data[8 : len(data) - len(_body(data))])
+        text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text + _body(data)
+
+    def save(self, path: Path, *, overwrite: bool = False, extra: Mapping[str, str] | None = None) -> Path:
+        """Write the file atomically, with ``extra`` metadata for other programs.
+
+        Raises FileExistsError unless ``overwrite``, OSError when it cannot be written.
+        """
+        write_atomically(path, self.tensors, {**(extra or {}), **self.metadata}, overwrite=overwrite)
         return path
 
-    def save_numbered(self, folder: Path, name: str, shadowing: Sequence[Path] = ()) -> Path:
+    def save_numbered(
+        self, folder: Path, name: str, shadowing: Sequence[Path] = (), extra: Mapping[str, str] | None = None
+    ) -> Path:
         """Write ``name.safetensors``, or ``name_2`` and so on where that name is taken: nothing is overwritten.
 
         A file of that name which already holds this very concept is left as it is and returned. Names that another
@@ -203,7 +248,7 @@ class Concept:
             shadows = [other / path.name for other in shadowing if (other / path.name).exists()]
             if all(_holds(shadow, self.digest) for shadow in shadows):
                 try:
-                    return self.save(path)
+                    return self.save(path, extra=extra)
                 except FileExistsError:
                     if _holds(path, self.digest):
                         return path
@@ -235,33 +280,40 @@ def read_header(path: Path) -> dict[str, Any]:
 
     Reads no tensor. Raises ConceptFileError for anything that is not such a file, OSError when it cannot be read.
     """
-    size = os.path.getsize(path)
     with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        plausible = 2 <= length <= MAX_HEADER and size <= MAX_FILE
-        raw = file.read(length) if plausible else b""
+        return _header(file, os.path.getsize(path), path.name)
+
+
+def _header(file: BinaryIO, size: int, name: str) -> dict[str, Any]:
+    """See ``read_header``."""
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    plausible = 2 <= length <= MAX_HEADER and size <= MAX_FILE
+    raw = file.read(length) if plausible else start + file.read(foreign.LOOKED_AT)
     if size == 0:
-        raise ConceptFileError(f"{path.name} is empty. Copy or train the concept again.")
+        raise ConceptFileError(f"{name} is empty. Copy or train the concept again.")
     # A header's length may begin with any byte, so magic numbers count only where there is no such length.
     pickled = not plausible and (start[:2] == b"PK" or start[:1] == b"\x80")
-    if pickled or path.suffix.lower() in _PICKLE_SUFFIXES:
+    if pickled or Path(name).suffix.lower() in _PICKLE_SUFFIXES:
+        reason = foreign.refusal(raw)
         raise ConceptFileError(
-            f"{path.name} is a pickle file, which can run code when it is opened. Concepts are .safetensors files."
+            f"{name} {reason}"
+            if reason
+            else f"{name} is a pickle file, which can run code when it is opened. Concepts are .safetensors files."
         )
     if not plausible:
         raise ConceptFileError(
-            f"{path.name} is not a concept file: its header would be {length} bytes long (at most {MAX_HEADER} are "
+            f"{name} is not a concept file: its header would be {length} bytes long (at most {MAX_HEADER} are "
             f"possible) and the file is {size} bytes (at most {MAX_FILE}). Choose a file saved by Save Concept."
         )
     if len(raw) < length:
-        raise ConceptFileError(f"{path.name} is cut off. Copy or download it again.")
+        raise ConceptFileError(f"{name} is cut off. Copy or download it again.")
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise ConceptFileError(f"{path.name} is not a .safetensors file. Choose a file saved by Save Concept.")
+        raise ConceptFileError(f"{name} is not a .safetensors file. Choose a file saved by Save Concept.")
     return header
 
 
@@ -271,24 +323,34 @@ def load(path: Path) -> Concept:
     Raises ConceptFileError, naming the file, when it is damaged, of another kind or of a newer version; OSError when
     it cannot be read.
     """
-    header = read_header(path)
+    return _checked(read_header(path), path.read_bytes, path.name)
+
+
+def from_bytes(data: bytes, name: str) -> Concept:
+    """Read the content of a file, as ``load`` does. Raises ConceptFileError, which calls it ``name``."""
+    return _checked(_header(BytesIO(data), len(data), name), lambda: data, name)
+
+
+def _checked(header: dict[str, Any], read: Callable[[], bytes], name: str) -> Concept:
     try:
-        return _parse(header, path)
+        return _parse(header, read)
     except (ConceptFileError, PlaceholderError) as error:
         message = str(error)
-        raise ConceptFileError(message if path.name in message else f"{path.name}: {message}") from None
+        raise ConceptFileError(message if name in message else f"{name}: {message}") from None
 
 
-def _parse(header: dict[str, Any], path: Path) -> Concept:
+def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or "perfusion.format" not in metadata:
         raise ConceptFileError(
             "it is a .safetensors file, but no Perfusion concept. LoRA and embedding files have loaders of their own."
         )
     version = metadata["perfusion.format"]
-    if version != str(FORMAT):
+    storage: Storage | None = next((name for name, known in FORMATS.items() if known == version), None)
+    if storage is None:
         raise ConceptFileError(
-            f"it has format version {str(version)[:20]}, this version reads {FORMAT}. Update ComfyUI-Perfusion."
+            f"it has format version {str(version)[:20]}, this version reads {' and '.join(FORMATS.values())}. "
+            "Update ComfyUI-Perfusion."
         )
     try:
         family = Family.from_json(metadata["perfusion.family"])
@@ -298,19 +360,21 @@ def _parse(header: dict[str, Any], path: Path) -> Concept:
             raise ValueError("training settings are not a table")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ConceptFileError(f"its metadata is damaged ({error}). Copy or train it again.") from None
-    expected = {"i_star", "d_star", "e_super", "o_star_v", *(_EMBEDDING + name for name in family.encoders)}
+    expected = {"i_star", "d_star", "e_super", _VALUES, *(_EMBEDDING + name for name in family.encoders)}
+    expected |= {_SCALES} if storage == "8bit" else set()
     if set(header) != expected:
         odd = sorted(str(name)[:60] for name in set(header) ^ expected)
         raise ConceptFileError(f"it does not hold the tensors of a concept (missing or unknown: {', '.join(odd[:4])})")
-    if not all(isinstance(entry, dict) and entry.get("dtype") in _DTYPES for entry in header.values()):
-        raise ConceptFileError(f"its tensors are of unknown types; concepts use {', '.join(sorted(_DTYPES))}")
+    for name, entry in header.items():
+        possible = {"I8"} if name == _VALUES and storage == "8bit" else _DTYPES
+        if not isinstance(entry, dict) or entry.get("dtype") not in possible:
+            raise ConceptFileError(f"its tensors are of unknown types; {name} must be {', '.join(sorted(possible))}")
     try:
-        tensors = load_tensors(path.read_bytes())
+        tensors = load_tensors(read())
     except SafetensorError as error:
         raise ConceptFileError(f"it is damaged or cut off ({error}). Copy or download it again.") from None
+    values, scales = tensors.pop(_VALUES), tensors.pop(_SCALES, None)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    values = tensors["o_star_v"]
-    _require_shape("o_star_v", values, (sum(family.layers.values()),))
     concept = Concept(
         family=family,
         placeholder=placeholder,
@@ -319,16 +383,29 @@ def _parse(header: dict[str, Any], path: Path) -> Concept:
         i_star=tensors["i_star"],
         d_star=tensors["d_star"],
         e_super=tensors["e_super"],
-        o_star_v=dict(zip(family.layers, values.split(list(family.layers.values())), strict=True)),
+        o_star_v=dict(zip(family.layers, _layers(values, scales, family), strict=True)),
         form=metadata.get("perfusion.form", ""),
         estimator=metadata.get("perfusion.estimator", ""),
         training=training,
         created=_text(metadata.get("modelspec.date", "")),
         thumbnail=metadata["modelspec.thumbnail"] if _is_thumbnail(metadata.get("modelspec.thumbnail")) else "",
+        storage=storage,
     )
     if concept.digest != metadata.get("perfusion.digest"):
         raise ConceptFileError("its content is not what its digest says: it was damaged. Copy or download it again.")
     return concept
+
+
+def _layers(values: Tensor, scales: Tensor | None, family: Family) -> Sequence[Tensor]:
+    """The target values of each layer, float32, from the tensors of a file; ``scales`` where they are in 8 bits."""
+    widths = list(family.layers.values())
+    _require_shape(_VALUES, values, (sum(widths),))
+    if scales is None:
+        return values.float().split(widths)
+    _require_shape(_SCALES, scales, (len(widths),))
+    if not (scales > 0).all():
+        raise ConceptFileError(f"{_SCALES} holds a number that is not above 0: the file is damaged")
+    return dequantize(values, scales, widths)
 
 
 def _holds(path: Path, digest: str) -> bool:

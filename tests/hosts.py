@@ -349,6 +349,7 @@ class ComfyServer:
     url: str
     log_path: Path
     _base: Base
+    pid: int
     client_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -418,9 +419,10 @@ def running_server(comfyui: Path, base: Base, options: ServerOptions, timeout: f
     command = [sys.executable, "main.py", *host_arguments(base.folder), "--disable-auto-launch"]
     command += ["--listen", "127.0.0.1", "--port", str(port), *options.args]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    server = ComfyServer(f"http://127.0.0.1:{port}", base.folder / "server.log", base)
-    with open(server.log_path, "wb") as log:
+    log_path = base.folder / "server.log"
+    with open(log_path, "wb") as log:
         process = subprocess.Popen(command, cwd=comfyui, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    server = ComfyServer(f"http://127.0.0.1:{port}", log_path, base, process.pid)
     try:
         deadline = time.monotonic() + timeout
         while True:

@@ -26,6 +26,9 @@ from torch import Tensor
 CHANNELS, CONTEXT_DIM = 320, 768  # what the host's detection asks of an SD1.x UNet; everything else may shrink
 VOCABULARY, TOKENS = 49408, 77
 EMBEDDING_VECTORS = 2
+SD2_CONTEXT_DIM, SDXL_CONTEXT_DIM, SDXL_VECTOR = 1024, 2048, 2816
+# Where the host reads off a SD2.x checkpoint what it predicts: velocity if these values spread by more than 0.09.
+SD2_PREDICTION_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 # Where the reduced and the miniature UNet have a spatial transformer, as (block, channels in / out).
 CROSS_ATTENTION_BLOCKS = (
@@ -96,16 +99,19 @@ def _attention(w: Weights, key: str, channels: int, context_dim: int) -> None:
 
 
 def _spatial_transformer(w: Weights, key: str, channels: int, context_dim: int) -> None:
-    block = f"{key}.transformer_blocks.0"
     w.norm(f"{key}.norm", channels)
     w.conv(f"{key}.proj_in", channels, channels, 1)
+    _transformer_block(w, f"{key}.transformer_blocks.0", channels, context_dim)
+    w.conv(f"{key}.proj_out", channels, channels, 1)
+
+
+def _transformer_block(w: Weights, block: str, channels: int, context_dim: int) -> None:
     _attention(w, f"{block}.attn1", channels, channels)
     _attention(w, f"{block}.attn2", channels, context_dim)
     for norm in ("norm1", "norm2", "norm3"):
         w.norm(f"{block}.{norm}", channels)
     w.linear(f"{block}.ff.net.0.proj", channels, channels * 8)
     w.linear(f"{block}.ff.net.2", channels * 4, channels)
-    w.conv(f"{key}.proj_out", channels, channels, 1)
 
 
 def _unet_encoder(w: Weights, prefix: str, channels: int, context_dim: int) -> None:
@@ -134,9 +140,75 @@ def unet(w: Weights, prefix: str = "", channels: int = CHANNELS, context_dim: in
     w.conv(f"{prefix}out.2", channels, 4)
 
 
-def text_encoder(w: Weights, prefix: str, width: int = CONTEXT_DIM, layers: int = 12, inner: int = 3072) -> None:
+class UNetShape(NamedTuple):
+    """A UNet as SD2.x and SDXL have it, with linear projections around its transformers, every level 320 channels wide.
+
+    ``blocks``: residual blocks of each level; ``inputs``, ``middle``, ``outputs``: transformer blocks behind each
+    residual block of that part, 0 for none; ``vector``: width of what comes in beside the time, 0 for nothing.
+    """
+
+    context_dim: int
+    blocks: tuple[int, ...]
+    inputs: tuple[int, ...]
+    middle: int
+    outputs: tuple[int, ...]
+    vector: int = 0
+
+
+# Detection looks at twelve output blocks, and there at a transformer behind the last one.
+SD2_UNET = UNetShape(SD2_CONTEXT_DIM, (2, 2, 2, 2), (1, 0, 0, 1, 0, 0, 0, 0), 1, (0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1))
+# Detection asks for these very blocks in the first half; the others are free.
+SDXL_UNET = UNetShape(SDXL_CONTEXT_DIM, (2, 2, 2), (0, 0, 2, 2, 10, 10), 1, (1, 0, 0, 1, 0, 0, 0, 0, 0), SDXL_VECTOR)
+
+
+def unet_of(w: Weights, prefix: str, shape: UNetShape) -> None:
+    """The weights of a UNet of this shape."""
+    channels, time_dim = CHANNELS, CHANNELS * 4
+
+    def transformer(key: str, depth: int) -> None:
+        if depth:
+            w.norm(f"{key}.norm", channels)
+            w.linear(f"{key}.proj_in", channels, channels)
+            for index in range(depth):
+                _transformer_block(w, f"{key}.transformer_blocks.{index}", channels, shape.context_dim)
+            w.linear(f"{key}.proj_out", channels, channels)
+
+    w.linear(f"{prefix}time_embed.0", channels, time_dim)
+    w.linear(f"{prefix}time_embed.2", time_dim, time_dim)
+    if shape.vector:
+        w.linear(f"{prefix}label_emb.0.0", shape.vector, time_dim)
+        w.linear(f"{prefix}label_emb.0.2", time_dim, time_dim)
+    w.conv(f"{prefix}input_blocks.0.0", 4, channels)
+    number, depths = 1, list(shape.inputs)
+    for level, count in enumerate(shape.blocks):
+        if level:
+            w.conv(f"{prefix}input_blocks.{number}.0.op", channels, channels)
+            number += 1
+        for _ in range(count):
+            _residual_block(w, f"{prefix}input_blocks.{number}.0", channels, channels, time_dim)
+            transformer(f"{prefix}input_blocks.{number}.1", depths.pop(0))
+            number += 1
+    _residual_block(w, f"{prefix}middle_block.0", channels, channels, time_dim)
+    transformer(f"{prefix}middle_block.1", shape.middle)
+    _residual_block(w, f"{prefix}middle_block.2", channels, channels, time_dim)
+    number, depths = 0, list(shape.outputs)
+    for level, count in reversed(list(enumerate(shape.blocks))):
+        for block in range(count + 1):
+            depth = depths.pop(0)
+            _residual_block(w, f"{prefix}output_blocks.{number}.0", channels * 2, channels, time_dim)
+            transformer(f"{prefix}output_blocks.{number}.1", depth)
+            if level and block == count:
+                w.conv(f"{prefix}output_blocks.{number}.{2 if depth else 1}.conv", channels, channels)
+            number += 1
+    w.norm(f"{prefix}out.0", channels)
+    w.conv(f"{prefix}out.2", channels, 4)
+
+
+def text_encoder(
+    w: Weights, prefix: str, width: int = CONTEXT_DIM, layers: int = 12, inner: int = 3072, std: float = 0.02
+) -> None:
     """A CLIP text model. Small layer weights keep a token's own embedding dominant, as in a trained one."""
-    w.draw(f"{prefix}embeddings.token_embedding.weight", VOCABULARY, width, std=0.02)
+    w.draw(f"{prefix}embeddings.token_embedding.weight", VOCABULARY, width, std=std)
     w.draw(f"{prefix}embeddings.position_embedding.weight", TOKENS, width, std=0.01)
     for index in range(layers):
         layer = f"{prefix}encoder.layers.{index}"
@@ -148,6 +220,23 @@ def text_encoder(w: Weights, prefix: str, width: int = CONTEXT_DIM, layers: int 
         w.linear(f"{layer}.mlp.fc1", width, inner)
         w.linear(f"{layer}.mlp.fc2", inner, width, gain=0.01)
     w.norm(f"{prefix}final_layer_norm", width)
+
+
+def open_clip_text_encoder(w: Weights, prefix: str, width: int, layers: int, inner: int, std: float = 0.02) -> None:
+    """The same as OpenCLIP names it, in whose form the checkpoints of SD2.x and SDXL hold theirs."""
+    w.draw(f"{prefix}token_embedding.weight", VOCABULARY, width, std=std)
+    w.draw(f"{prefix}positional_embedding", TOKENS, width, std=std / 2)
+    for index in range(layers):
+        layer = f"{prefix}transformer.resblocks.{index}"
+        w.norm(f"{layer}.ln_1", width)
+        w.norm(f"{layer}.ln_2", width)
+        w.draw(f"{layer}.attn.in_proj_weight", 3 * width, width, std=width**-0.5)
+        w.draw(f"{layer}.attn.in_proj_bias", 3 * width, std=0.02)
+        w.linear(f"{layer}.attn.out_proj", width, width, gain=0.5 * std)
+        w.linear(f"{layer}.mlp.c_fc", width, inner)
+        w.linear(f"{layer}.mlp.c_proj", inner, width, gain=0.5 * std)
+    w.norm(f"{prefix}ln_final", width)
+    w.draw(f"{prefix}text_projection", width, width, std=width**-0.5)
 
 
 def tiny_autoencoder(w: Weights, prefix: str = "") -> None:
@@ -185,6 +274,33 @@ def reduced_sd15(path: Path, seed: int = 15) -> Path:
     w = Weights(seed)
     unet(w, "model.diffusion_model.")
     text_encoder(w, "cond_stage_model.transformer.text_model.")
+    tiny_autoencoder(w, "first_stage_model.")
+    return w.save(path)
+
+
+REDUCED_LAYERS, REDUCED_INNER = 3, 256  # of text encoders; the last two layers of three are told apart
+
+
+def reduced_sd2(path: Path, seed: int = 21) -> Path:
+    """A checkpoint that loads as SD2.x of v-prediction, where ``load_reduced`` loads it. Half precision, 300 MB."""
+    w = Weights(seed)
+    unet_of(w, "model.diffusion_model.", SD2_UNET)
+    w.draw(SD2_PREDICTION_KEY, CHANNELS, std=0.2)
+    open_clip_text_encoder(w, "cond_stage_model.model.", SD2_CONTEXT_DIM, REDUCED_LAYERS, REDUCED_INNER)
+    tiny_autoencoder(w, "first_stage_model.")
+    return w.save(path)
+
+
+def reduced_sdxl(path: Path, seed: int = 22) -> Path:
+    """A checkpoint that loads as SDXL, where ``load_reduced`` loads it. Half precision, 560 MB.
+
+    SDXL takes hidden states before the last norm: embeddings are drawn at the size that these have in a trained one.
+    """
+    w = Weights(seed)
+    unet_of(w, "model.diffusion_model.", SDXL_UNET)
+    embedders = "conditioner.embedders"
+    text_encoder(w, f"{embedders}.0.transformer.text_model.", CONTEXT_DIM, REDUCED_LAYERS, REDUCED_INNER, std=0.5)
+    open_clip_text_encoder(w, f"{embedders}.1.model.", 1280, REDUCED_LAYERS, REDUCED_INNER, std=0.5)
     tiny_autoencoder(w, "first_stage_model.")
     return w.save(path)
 
@@ -297,6 +413,8 @@ class ModelFile(NamedTuple):
 
 MODEL_FILES = {
     "checkpoint": ModelFile("checkpoints", "reduced_sd15.safetensors", reduced_sd15),
+    "sd2": ModelFile("checkpoints", "reduced_sd2.safetensors", reduced_sd2),
+    "sdxl": ModelFile("checkpoints", "reduced_sdxl.safetensors", reduced_sdxl),
     "lora": ModelFile("loras", "reduced_lora.safetensors", reduced_lora),
     "controlnet": ModelFile("controlnet", "reduced_controlnet.safetensors", reduced_controlnet),
     "ipadapter": ModelFile("ipadapter", "reduced_ipadapter.safetensors", reduced_ipadapter),
@@ -317,6 +435,25 @@ class Parts:
     model: Any
     clip: Any
     vae: Any
+
+
+def load_reduced(path: Path, *, predicts_noise: bool = False) -> Parts:
+    """A checkpoint of reduced text encoders, by the host's own loader, which is told how many layers these have.
+
+    ``predicts_noise`` makes the SD2.x of v-prediction one that predicts noise. Needs a ComfyUI running in this process.
+    """
+    import comfy.sd
+    import comfy.utils
+
+    layers = {"num_hidden_layers": REDUCED_LAYERS, "intermediate_size": REDUCED_INNER}
+    options = {f"clip_{name}_model_config": layers for name in "lhg"}
+    if not predicts_noise:
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(path), te_model_options=options)
+        return Parts(model, clip, vae)
+    tensors: Any = comfy.utils.load_torch_file(str(path))
+    tensors[SD2_PREDICTION_KEY] = tensors[SD2_PREDICTION_KEY] * 0.1
+    loaded: Any = comfy.sd.load_state_dict_guess_config(tensors, te_model_options=options)
+    return Parts(*loaded[:3])
 
 
 @functools.cache

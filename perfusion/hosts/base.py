@@ -102,6 +102,13 @@ class Host(TextHost, Protocol):
         """
         ...
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents (b, c, h, w), scaled as the network sees them -> pictures (b, height, width, 3) in 0..1.
+
+        The pictures lie on the CPU.
+        """
+        ...
+
     def noise_levels(self) -> Tensor:
         """sigma (t,) of each training timestep, ascending, float32."""
         ...
@@ -112,4 +119,13 @@ class Host(TextHost, Protocol):
 
     def project_values(self, vectors: Tensor) -> dict[str, Tensor]:
         """Layer -> W_V v of vectors (n, d): (n, i), float32, by the weights in force."""
+        ...
+
+    def attention_maps(self, latents: Tensor, prompts: Sequence[str], word: Word, levels: Sequence[float]) -> Tensor:
+        """Where the network looks for a word: (n, h, w), shares of its attention, 0 to 1, on the CPU.
+
+        ``latents`` (n, c, h, w) are clean and scaled, ``prompts`` one for each, with the word's placeholder. Noise of
+        each of the sigmas ``levels`` is added, always the same, and the network run once a level. To be had inside
+        ``training()`` and outside; the same latents give the same maps.
+        """
         ...

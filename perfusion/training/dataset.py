@@ -1,7 +1,13 @@
-"""Photos and masks of a concept, made ready for training: checked, cropped to squares, encoded once."""
+"""Photos and masks of a concept, made ready for training: checked, cropped, encoded once.
+
+Photos are cropped to squares, or each to the shape of a bucket that is nearest to its own, to be drawn in batches of
+one shape.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +17,13 @@ from torch.nn.functional import interpolate
 
 from ..hosts.base import Host
 
+logger = logging.getLogger(__name__)
+
+STEP = 8  # sides of buckets are multiples of this many latent pixels, which every network can halve three times
+LONGEST = 2.0  # how many times as long as wide a bucket is at most
+EMPTY = 0.01  # maximum of a mask in which nothing is marked
+_PLAIN = 3 / 255  # photos whose colors differ by less are of one color, whatever JPEG made of it
+
 
 class MaskError(ValueError):
     """A mask that cannot be used with its photo; ``input_name`` is where a user gave it."""
@@ -19,43 +32,117 @@ class MaskError(ValueError):
 
 
 @dataclass(frozen=True)
-class Photos:
-    """A concept's photos ready for training, plain and mirrored.
+class Bucket:
+    """Photos of one shape, plain and mirrored. ``photos`` (k,): their numbers among all, ascending.
 
-    ``latents`` and ``mirrored`` (n, c, h, w); ``weights`` and ``mirrored_weights`` (n, 1, h, w): the loss weight of
+    ``latents`` and ``mirrored`` (k, c, h, w); ``weights`` and ``mirrored_weights`` (k, 1, h, w): the loss weight of
     each latent pixel, with mean 1 for each photo.
     """
 
+    photos: Tensor
     latents: Tensor
     mirrored: Tensor
     weights: Tensor
     mirrored_weights: Tensor
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.photos)
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A concept's photos ready for training, numbered from 0 on.
+
+    ``buckets`` holds them by shape; where all are of one, ``latents``, ``mirrored``, ``weights`` and
+    ``mirrored_weights`` are those of the only bucket. ``kept`` says which of the photos that were given these are, and
+    ``notes`` tells a user why others are not among them.
+    """
+
+    buckets: tuple[Bucket, ...]
+    kept: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(bucket) for bucket in self.buckets)
+
+    @property
+    def latents(self) -> Tensor:
+        """(n, c, h, w). Raises ValueError where photos are of several shapes."""
+        return self._only.latents
+
+    @property
+    def mirrored(self) -> Tensor:
+        """(n, c, h, w). Raises ValueError where photos are of several shapes."""
+        return self._only.mirrored
+
+    @property
+    def weights(self) -> Tensor:
+        """(n, 1, h, w). Raises ValueError where photos are of several shapes."""
+        return self._only.weights
+
+    @property
+    def mirrored_weights(self) -> Tensor:
+        """(n, 1, h, w). Raises ValueError where photos are of several shapes."""
+        return self._only.mirrored_weights
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Numbers (count,) of photos of one bucket, with repeats; each photo is as likely as any other."""
+        bucket = self.buckets[0]
+        if len(self.buckets) > 1:
+            bucket = self._bucket_of(int(torch.randint(len(self), (1,), generator=generator)))
+        return bucket.photos[torch.randint(len(bucket), (count,), generator=generator)]
+
+    def shape(self, index: Tensor) -> tuple[int, ...]:
+        """(c, h, w) of the latents of photos ``index`` (b,), which lie in one bucket."""
+        return tuple(self._place(index)[0].latents.shape[1:])
 
     def pick(self, index: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (b, c, h, w) and loss weights (b, 1, h, w) of photos ``index`` (b,); those ``flipped`` mirrored."""
-        choose = flipped.view(-1, 1, 1, 1).to(self.latents.device)
-        index = index.to(self.latents.device)
-        latents = torch.where(choose, self.mirrored[index], self.latents[index])
-        return latents, torch.where(choose, self.mirrored_weights[index], self.weights[index])
+        """Latents (b, c, h, w) and loss weights (b, 1, h, w) of photos ``index`` (b,); those ``flipped`` mirrored.
+
+        Raises ValueError for photos of different buckets.
+        """
+        bucket, index = self._place(index)
+        choose = flipped.view(-1, 1, 1, 1).to(bucket.latents.device)
+        latents = torch.where(choose, bucket.mirrored[index], bucket.latents[index])
+        return latents, torch.where(choose, bucket.mirrored_weights[index], bucket.weights[index])
+
+    @property
+    def _only(self) -> Bucket:
+        if len(self.buckets) != 1:
+            raise ValueError("the photos are of several shapes: take them bucket by bucket")
+        return self.buckets[0]
+
+    def _bucket_of(self, photo: int) -> Bucket:
+        """The bucket in which a photo lies; for a number that none has, any."""
+        return next((bucket for bucket in self.buckets if photo in bucket.photos), self.buckets[0])
+
+    def _place(self, index: Tensor) -> tuple[Bucket, Tensor]:
+        """The bucket of photos, and their places in it, where its tensors lie."""
+        bucket = self._bucket_of(int(index[0]))
+        places = torch.searchsorted(bucket.photos, index.cpu())
+        if not torch.equal(bucket.photos[places.clamp_max(len(bucket) - 1)], index.cpu()):
+            raise ValueError("a batch must be of photos of one bucket")
+        return bucket, places.to(bucket.latents.device)
 
 
 def prepare(
     host: Host,
     images: Sequence[Tensor],
-    masks: Sequence[Tensor] | None,
+    masks: Sequence[Tensor | None] | None,
     resolution: int,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    buckets: bool = False,
 ) -> Photos:
     """Crop, resize and encode photos.
 
     ``images``: each (height, width, channels) in 0..1 with 1, 3 or 4 channels: grey is repeated, transparency is laid
-    over grey and, where no mask is given, used as the mask. ``masks``: each (height, width) in 0..1, of any size; the
-    crop is centered on them.
+    over grey and, where no mask is given, used as the mask. ``masks``: each (height, width) in 0..1, of any size, or
+    None for a photo without one; the crop is centered on them. With ``buckets`` a photo keeps its shape as nearly as
+    ``bucket_sizes`` allow; without, all become squares of ``resolution`` pixels.
 
-    Raises ValueError for no photos, unequal counts, an empty mask, or an image that is not one.
+    A photo of one color teaches nothing: it is left out, with a note. Raises ValueError when none is left, for no
+    photos, unequal counts, an empty mask, or an image that is not one.
     """
     if not len(images):
         raise ValueError("no photos to learn from: connect 1 to 10 photos of the thing")
@@ -63,24 +150,72 @@ def prepare(
         raise MaskError(
             f"{len(images)} photos but {len(masks)} masks: give one mask for each photo, in the same order, or none"
         )
-    latents, weights = [], []
+    sizes = bucket_sizes(resolution, STEP * latent_scale(host)) if buckets else [(resolution, resolution)]
+    groups: dict[tuple[int, int], list[tuple[int, list[Tensor]]]] = {}
+    kept: list[int] = []
+    notes: list[str] = []
     for number, image in enumerate(images):
-        rgb, transparency = _rgb(image, number)
-        mask = masks[number] if masks is not None else transparency
-        rgb, mask = _square(rgb, _soft(mask, rgb, number), resolution)
-        for flip in (False, True):
-            picture, weight = (rgb.flip(-1), mask.flip(-1)) if flip else (rgb, mask)
-            latents.append(host.encode_images(picture.permute(0, 2, 3, 1)))
-            weights.append(_loss_weight(weight, latents[-1]))
+        rgb, transparency = as_rgb(image, number)
+        given = None if masks is None else masks[number]
+        mask = _soft(transparency if given is None else given, rgb, number)
+        if float((rgb.amax((2, 3)) - rgb.amin((2, 3))).max()) < _PLAIN:
+            notes.append(f"photo {number + 1} is of one color, from which nothing can be learned: it is left out")
+        else:
+            size = nearest_size(rgb.shape[-2], rgb.shape[-1], sizes)
+            rgb, mask = _crop(rgb, mask, size)
+            groups.setdefault(size, []).append((len(kept), _encoded(host, rgb, mask)))
+            kept.append(number)
         if progress is not None:
             progress(number + 1, len(images))
-    plain, mirrored = torch.cat(latents[0::2]), torch.cat(latents[1::2])
-    if not plain.isfinite().all():
+    if not kept:
+        raise ValueError("the photos are of one color each, from which nothing can be learned: choose other photos")
+    for note in notes:
+        logger.warning(note)
+    return Photos(tuple(_bucket(group) for group in groups.values()), tuple(kept), tuple(notes))
+
+
+def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """Heights and widths of buckets: multiples of ``step``, at most twice as long as wide, and three quarters of the
+    pixels of a square of ``resolution`` or more, never more than all. The square comes first."""
+    most = resolution**2
+    longest = int(resolution * LONGEST**0.5) // step
+    sides = [step * k for k in range(1, longest + 1)]
+    shapes = [(h, w) for h in sides for w in sides if 0.75 * most <= h * w <= most and max(h, w) <= LONGEST * min(h, w)]
+    return [(resolution, resolution), *(size for size in shapes if size[0] != size[1])]
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket in which a photo loses least, where cropping counts twice as much as fewer pixels."""
+    most = max(h * w for h, w in sizes)
+
+    def loss(size: tuple[int, int]) -> float:
+        cropped = abs(math.log(size[1] / size[0] * height / width))
+        return cropped + 0.5 * math.log(most / (size[0] * size[1]))
+
+    return min(sizes, key=loss)
+
+
+def latent_scale(host: Host) -> int:
+    """Pixels per latent pixel, along each side: 8 for Stable Diffusion."""
+    side = 64
+    return side // host.encode_images(torch.full((1, side, side, 3), 0.5)).shape[-1]
+
+
+def _encoded(host: Host, rgb: Tensor, mask: Tensor) -> list[Tensor]:
+    """Latent, mirrored latent, weight and mirrored weight of a photo. Raises ValueError for what a bad VAE makes."""
+    latents = [host.encode_images(picture.permute(0, 2, 3, 1)) for picture in (rgb, rgb.flip(-1))]
+    if not all(bool(latent.isfinite().all()) for latent in latents):
         raise ValueError("the VAE turned a photo into numbers that are not finite: use a VAE in 32 bit, or another one")
-    return Photos(plain, mirrored, torch.cat(weights[0::2]), torch.cat(weights[1::2]))
+    return [*latents, *(_loss_weight(side, latents[0]) for side in (mask, mask.flip(-1)))]
 
 
-def _rgb(image: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+def _bucket(group: Sequence[tuple[int, list[Tensor]]]) -> Bucket:
+    """Photos of one shape, each with its number and what ``_encoded`` made of it."""
+    numbers = torch.tensor([number for number, _ in group])
+    return Bucket(numbers, *(torch.cat(parts) for parts in zip(*(encoded for _, encoded in group), strict=True)))
+
+
+def as_rgb(image: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
     """(1, 3, h, w) in 0..1 and the transparency (h, w) where there is any."""
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise ValueError(f"photo {number + 1} has shape {tuple(image.shape)}; it must be (height, width, 1, 3 or 4)")
@@ -110,7 +245,7 @@ def _soft(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
     if mask.ndim != 2 or 0 in mask.shape or not mask.isfinite().all():
         raise MaskError(f"mask {number + 1} has shape {tuple(mask.shape)}; it must be (height, width), finite numbers")
     mask = interpolate(mask.view(1, 1, *mask.shape).clamp(0, 1), (height, width), mode="bilinear", antialias=True)
-    if mask.max() < 0.01:
+    if mask.max() < EMPTY:
         raise MaskError(
             f"mask {number + 1} is empty: paint the thing in photo {number + 1}, or give no masks at all (Load Image "
             "delivers an empty mask for a picture without transparency; Load Image (as Mask) reads a picture as a mask)"
@@ -118,14 +253,17 @@ def _soft(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
     return mask / mask.max()
 
 
-def _square(image: Tensor, mask: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
-    """The largest square that holds most of the mask, centered on it, resized: (1, 3, r, r) and (1, 1, r, r)."""
+def _crop(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The largest part of the shape of ``size`` (h, w) that holds most of the mask, centered on it, resized:
+    (1, 3, h, w) and (1, 1, h, w)."""
     height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = _window(mask.sum((0, 1, 3)), side), _window(mask.sum((0, 1, 2)), side)
-    window = (..., slice(top, top + side), slice(left, left + side))
-    image = interpolate(image[window], (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
-    return image, interpolate(mask[window], (resolution, resolution), mode="bilinear", antialias=True)
+    scale = min(height / size[0], width / size[1])
+    rows = max(1, min(height, round(scale * size[0])))
+    columns = max(1, min(width, round(scale * size[1])))
+    top, left = _window(mask.sum((0, 1, 3)), rows), _window(mask.sum((0, 1, 2)), columns)
+    window = (..., slice(top, top + rows), slice(left, left + columns))
+    image = interpolate(image[window], size, mode="bicubic", antialias=True).clamp(0, 1)
+    return image, interpolate(mask[window], size, mode="bilinear", antialias=True)
 
 
 def _window(mass: Tensor, side: int) -> int:

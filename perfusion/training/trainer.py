@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from einops import reduce
@@ -25,17 +25,24 @@ from ..statistics import Metric, TextStatistics, directions, word_encodings
 from .config import TrainingConfig
 from .dataset import Photos
 
+if TYPE_CHECKING:
+    from .session import Outcome
+
 logger = logging.getLogger(__name__)
 
 EMA = 0.99  # how slowly the paper's i* follows the embedding
 REFRESH = 25  # steps between looks at the word in varied captions, for the robust i*
-_FIXED_SAMPLES = 8
+_FIXED_SAMPLES, _FIXED_DRAW = 8, 1
 _CAPTIONS_AT_ONCE = 32
 _FEWEST_CONTEXTS = 8
+_FOLLOWED = ("i_star", "d_star", "e_super")
+_MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}  # of the gradient, as Adam calls them
 
 
 class TrainingError(ValueError):
-    """Training cannot start or go on; the message says what to change."""
+    """Training cannot start or go on; the message says what to change. ``outcome`` is what had been learned by then."""
+
+    outcome: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,9 @@ class Subject:
 class Trainer:
     """One training run, to be used inside ``host.training()``.
 
-    ``step`` does one optimizer step, ``concept`` gives what has been learned so far, at any time. ``losses`` holds the
-    loss of each step. All randomness comes from the seed of the config.
+    ``step`` does one optimizer step, ``concept`` gives what has been learned so far, at any time. ``losses`` and
+    ``gates`` hold what each step reported. All randomness comes from the seed of the config. Nothing depends on how
+    many steps are still to come, so that a run with more of them goes on from the ``state`` of a shorter one.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class Trainer:
         self.statistics = statistics
         self.config = config
         self.losses: list[float] = []
+        self.gates: list[float] = []
         self.generator = torch.Generator().manual_seed(config.seed)
         self._prompts = subject.prompts()
         self._sigmas = host.noise_levels().cpu()
@@ -112,7 +121,18 @@ class Trainer:
         return Word(self.subject.placeholder, self.subject.super_category, self.embeddings)
 
     def step(self) -> StepReport:
-        """One optimizer step. Raises TrainingError when the loss is no longer a finite number."""
+        """One optimizer step; one that does not come to its end leaves everything as it was before it.
+
+        Raises TrainingError when the loss is no longer a finite number.
+        """
+        before = self.state()
+        try:
+            return self._step()
+        except BaseException:
+            self._go_to(before)
+            raise
+
+    def _step(self) -> StepReport:
         config = self.config
         batch = self._draw(config.batch_size, self.generator)
         micro = config.micro_batch or config.batch_size
@@ -127,10 +147,10 @@ class Trainer:
                 encoded = text.context[text.word.to(text.context.device)].float()
                 gate += float(self._edit.directions.to(encoded.device).gates(encoded)[1].mean()) * share
                 mean += encoded.mean(0).cpu() * share
-        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        if any(p.grad is None for p in trained):
+        gradients = [parameter.grad for parameter in self._trained.values()]
+        if any(gradient is None for gradient in gradients):
             raise TrainingError("no gradient reaches the concept: the model's cross-attention is not the edited one")
-        finite = all(bool(p.grad.isfinite().all()) for p in trained)
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
         if not (math.isfinite(loss) and finite):
             raise TrainingError(
                 f"the loss of step {self.steps_done + 1} or its gradient is not a finite number. Lower value_rate and "
@@ -138,6 +158,7 @@ class Trainer:
             )
         self._optimizer.step()
         self.losses.append(loss)
+        self.gates.append(gate)
         self._follow(mean)
         return StepReport(self.steps_done, config.steps, loss, gate)
 
@@ -152,41 +173,99 @@ class Trainer:
             report = self.step()
             for callback in callbacks:
                 callback(self, report)
-        self.i_star, self.d_star = self._directions(self.config.contexts)
-        self._locate()
-        after = self.fixed_loss()
+        concept, after = self.take()
         logger.info("%s: loss on fixed noise %.5f before, %.5f after", self.subject.placeholder, before, after)
-        return self.concept({"fixed_loss": [round(before, 6), round(after, 6)]})
+        return with_summary(concept, {"fixed_loss": [round(before, 6), round(after, 6)]})
 
     def concept(self, extra: Mapping[str, object] | None = None) -> Concept:
         """What has been learned so far, in the precision of its file. ``extra`` joins the training summary."""
-        with torch.no_grad():
-            i_star, d_star = self._directions(self.config.contexts)
-        return Concept.rounded(
-            family=self.host.family,
-            placeholder=self.subject.placeholder,
-            super_category=self.subject.super_category,
-            embeddings=self.embeddings,
-            i_star=i_star,
-            d_star=d_star,
-            e_super=self.e_super,
-            o_star_v={layer: values.squeeze(0) for layer, values in self.o_star_v.items()},
-            form=self.config.form,
-            estimator=self.config.estimator,
-            training={
-                **asdict(self.config),
-                "steps_done": self.steps_done,
-                "photos": len(self.photos),
-                **(extra or {}),
-            },
-        )
+        return self._concept(*self._directions(self.config.contexts), extra or {})
+
+    def take(self) -> tuple[Concept, float]:
+        """The concept so far, and its loss on fixed noise."""
+        i_star, d_star = self._directions(self.config.contexts)
+        loss = self.loss_on(_FIXED_DRAW, _FIXED_SAMPLES, self.word, self._edit_with(i_star, d_star))
+        return self._concept(i_star, d_star, {}), loss
 
     def fixed_loss(self) -> float:
         """The loss on noise, noise levels, photos and captions that are always the same: comparable between steps."""
+        return self.loss_on(_FIXED_DRAW, _FIXED_SAMPLES, self.word, self._edit)
+
+    def loss_on(self, draw: int, samples: int, word: Word, edit: KeyValueEdit | None) -> float:
+        """The loss of any word and edit, without gradient, on ``samples`` draws: the same ones for the same ``draw``.
+
+        Training itself has others: ``draw``, 1 or more, is added to its seed.
+        """
         with torch.no_grad():
-            batch = self._draw(_FIXED_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1))
-            parts = batch.split(self.config.micro_batch or self.config.batch_size)
-            return sum(float(self._loss(part)[0]) * len(part) for part in parts) / _FIXED_SAMPLES
+            generator = torch.Generator().manual_seed(self.config.seed + draw)
+            at_once = self.config.micro_batch or self.config.batch_size
+            total = 0.0
+            # A draw is of photos of one shape: as many draws as there are shapes.
+            for some in torch.arange(samples).chunk(len(self.photos.buckets)):
+                for part in self._draw(len(some), generator).split(at_once):
+                    total += float(self._error(part, word, edit)[0]) * len(part)
+            return total / samples
+
+    def summary(self, step: int) -> dict[str, object]:
+        """The training summary of the concept as it was after ``step`` steps."""
+        return {**asdict(self.config), "steps_done": step, "photos": len(self.photos)}
+
+    def context_captions(self) -> list[str]:
+        """The captions in which the word is looked at, to find it in any prompt."""
+        return self._contexts(self.config.contexts)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of all that decides the steps to come, besides photos, texts, model and settings."""
+        moments = {p: self._optimizer.state[p] for p in self._trained.values() if p in self._optimizer.state}
+        state = {
+            "generator": self.generator.get_state(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "gates": torch.tensor(self.gates, dtype=torch.float64),
+            "rates": torch.tensor([group["lr"] for group in self._optimizer.param_groups], dtype=torch.float64),
+            **{name: getattr(self, name).clone() for name in _FOLLOWED},
+        }
+        for name, parameter in self._trained.items():
+            state[name] = parameter.detach().clone()
+            for key, moment in _MOMENTS.items():
+                known = parameter in moments
+                state[f"{name}.{key}"] = moments[parameter][moment].clone() if known else torch.zeros_like(state[name])
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state`` gave. Raises ValueError, changing nothing, for anything else."""
+        self._require_own(state)
+        self._go_to(state)
+
+    def _go_to(self, state: Mapping[str, Tensor]) -> None:
+        steps = len(state["losses"])
+        self.generator.set_state(state["generator"].cpu())
+        self.losses, self.gates = state["losses"].tolist(), state["gates"].tolist()
+        for group, rate in zip(self._optimizer.param_groups, state["rates"].tolist(), strict=True):
+            group["lr"] = rate
+        for name in _FOLLOWED:
+            setattr(self, name, state[name].to(getattr(self, name), copy=True))
+        self._optimizer.state.clear()
+        for name, parameter in self._trained.items():
+            with torch.no_grad():
+                parameter.copy_(state[name])
+            if steps:
+                moments = {moment: state[f"{name}.{key}"].to(parameter, copy=True) for key, moment in _MOMENTS.items()}
+                self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        self._locate()
+
+    def _require_own(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless it can be a state of this very training."""
+        own = self.state()
+        if set(state) != set(own):
+            odd = sorted(str(name)[:60] for name in set(state) ^ set(own))
+            raise ValueError(f"missing or unknown: {', '.join(odd[:4])}")
+        steps = state["losses"].numel()
+        for name, tensor in state.items():
+            shape, dtype = (steps,) if name in ("losses", "gates") else tuple(own[name].shape), own[name].dtype
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {dtype} of {shape}")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
 
     def _start(self) -> None:
         """Everything starts at the super-category: embeddings, target values, i* and the keys' e_super."""
@@ -220,6 +299,12 @@ class Trainer:
                         "75 tokens. Move it to the front, or shorten the caption."
                     )
 
+    @property
+    def _trained(self) -> dict[str, Tensor]:
+        """All that the optimizer changes, by name, in its order."""
+        embeddings = {f"embedding.{name}": rows for name, rows in self.embeddings.items()}
+        return embeddings | {f"o_star_v.{layer}": values for layer, values in self.o_star_v.items()}
+
     def _parameter_groups(self) -> list[dict]:
         """One group a tensor: relative rates are shares of its own initial size."""
         config = self.config
@@ -244,6 +329,21 @@ class Trainer:
                 return own[:count]
         return captions_naming(self.subject.placeholder, count)
 
+    def _concept(self, i_star: Tensor, d_star: Tensor, extra: Mapping[str, object]) -> Concept:
+        return Concept.rounded(
+            family=self.host.family,
+            placeholder=self.subject.placeholder,
+            super_category=self.subject.super_category,
+            embeddings=self.embeddings,
+            i_star=i_star,
+            d_star=d_star,
+            e_super=self.e_super,
+            o_star_v={layer: values.squeeze(0) for layer, values in self.o_star_v.items()},
+            form=self.config.form,
+            estimator=self.config.estimator,
+            training={**self.summary(self.steps_done), **extra},
+        )
+
     def _directions(self, contexts: int, encodings: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.config.estimator == "paper" and self.losses:
             return self.i_star, self.d_star
@@ -256,7 +356,7 @@ class Trainer:
         if self._paper_metric is not None:
             self.i_star = EMA * self.i_star + (1 - EMA) * mean
             self.d_star = self._paper_metric.dual(self.i_star)
-        elif self.steps_done % REFRESH == 0 and self.steps_done < self.config.steps:
+        elif self.steps_done % REFRESH == 0:
             self.i_star, self.d_star = self._directions(max(_FEWEST_CONTEXTS, self.config.contexts // 4))
         else:
             return
@@ -264,37 +364,39 @@ class Trainer:
 
     def _locate(self) -> None:
         """Put the current i* and d* into the edit."""
-        self._edit = KeyValueEdit(
-            Directions.of(
-                self.i_star.unsqueeze(0),
-                self.d_star.unsqueeze(0),
-                [Gate(self.config.bias, self.config.temperature)],
-                [self.config.form],
-            ),
-            self.e_super.unsqueeze(0),
-            self.o_star_v,
-        )
+        self._edit = self._edit_with(self.i_star, self.d_star)
+
+    def _edit_with(self, i_star: Tensor, d_star: Tensor) -> KeyValueEdit:
+        """The edit that is being learned, with these i* and d*."""
+        gate = Gate(self.config.bias, self.config.temperature)
+        directions_ = Directions.of(i_star.unsqueeze(0), d_star.unsqueeze(0), [gate], [self.config.form])
+        return KeyValueEdit(directions_, self.e_super.unsqueeze(0), self.o_star_v)
 
     def _draw(self, count: int, generator: torch.Generator) -> _Batch:
-        shape = (count, *self.photos.latents.shape[1:])
+        photo = self.photos.draw(count, generator)
 
         def below(limit: int) -> Tensor:
             return torch.randint(limit, (count,), generator=generator)
 
-        photo, prompt, level = below(len(self.photos)), below(len(self._prompts)), below(len(self._sigmas))
+        prompt, level = below(len(self._prompts)), below(len(self._sigmas))
         flipped = (torch.rand(count, generator=generator) < 0.5) & self.config.flip
-        return _Batch(photo, flipped, prompt, level, torch.randn(shape, generator=generator))
+        noise = torch.randn((count, *self.photos.shape(photo)), generator=generator)
+        return _Batch(photo, flipped, prompt, level, noise)
 
     def _loss(self, batch: _Batch) -> tuple[Tensor, Encodings]:
+        """The loss of a batch, and the encodings it was made with."""
+        return self._error(batch, self.word, self._edit)
+
+    def _error(self, batch: _Batch, word: Word, edit: KeyValueEdit | None) -> tuple[Tensor, Encodings]:
         """Mask-weighted error of the network's prediction, mean over the batch, and the encodings it was made with."""
         device = self.host.device
         chosen, index = torch.unique(batch.prompt, return_inverse=True)
-        encoded = self.host.encode([self._prompts[k] for k in chosen], self.word)
+        encoded = self.host.encode([self._prompts[k] for k in chosen], word)
         text = encoded.select(index.to(encoded.context.device))
         x0, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
         noise, sigma = batch.noise.to(device), self._sigmas[batch.level].to(device)
         spread = sigma.view(-1, 1, 1, 1)
-        estimate = self.host.denoise(x0 + spread * noise, sigma, text, self._edit).float()
+        estimate = self.host.denoise(x0 + spread * noise, sigma, text, edit).float()
         # eps = (x_t - x0) / sigma; in its own terms a v-prediction's error is that of eps times sqrt(1 + sigma^2)
         error = (estimate - x0) / spread
         if self.host.prediction == "v":
@@ -311,6 +413,11 @@ def require_words(host: TextHost, subject: Subject) -> dict[str, Tensor]:
             "write what kind of thing it is, such as teddy bear, cat or chair"
         )
     return rows
+
+
+def with_summary(concept: Concept, extra: Mapping[str, object]) -> Concept:
+    """The same concept with more in its training summary."""
+    return replace(concept, training={**concept.training, **extra})
 
 
 @dataclass(frozen=True)

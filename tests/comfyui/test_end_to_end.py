@@ -37,6 +37,7 @@ QUICK = {
     "resolution": SIZE,
     "contexts": 8,
     "corpus_size": 64,
+    "previews": False,
 }
 MINIATURE = ("miniature_train", "miniature_two_concepts")  # workflows that need no checkpoint
 

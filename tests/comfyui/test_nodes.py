@@ -19,10 +19,15 @@ from tests.models import Parts, miniature_parts
 pytestmark = pytest.mark.comfyui
 
 NODES = [
+    "PerfusionLoadPhotos",
+    "PerfusionMasks",
     "PerfusionTrainConcept",
+    "PerfusionPickStep",
     "PerfusionSaveConcept",
     "PerfusionLoadConcepts",
     "PerfusionApplyConcepts",
+    "PerfusionEmbedConcept",
+    "PerfusionInspectPrompt",
     "PerfusionMiniature",
     "PerfusionMiniatureLatent",
     "PerfusionMiniaturePhotos",
@@ -227,6 +232,7 @@ FAST = {
     "seed": 3,
     "contexts": 8,
     "corpus_size": 32,
+    "previews": False,
     "super_category": "teddy bear",
     "placeholder": TEDDY,
 }

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from perfusion.edit import KeyValueEdit
 from perfusion.family import Family
 from perfusion.hosts.base import Encodings, Word
+from perfusion.training.attention import WordAttention, collect
 
 LENGTH = 48
 VOCABULARY = 512
@@ -87,6 +88,7 @@ class FakeHost:
         self.checkpointing = False
         self.calls = 0
         self.poison = False
+        self.watching: WordAttention | None = None
 
     # --- text
 
@@ -133,6 +135,10 @@ class FakeHost:
             0, 3, 1, 2
         )
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        colors = linear(latents.permute(0, 2, 3, 1), torch.linalg.pinv(self.to_latent)) + 0.5
+        return colors.repeat_interleave(8, 1).repeat_interleave(8, 2).clamp(0, 1)
+
     def noise_levels(self) -> Tensor:
         return torch.logspace(-1.5, 1.15, 100)
 
@@ -163,7 +169,10 @@ class FakeHost:
             else edit.project(layer, path, context, lambda e, path=path: linear(e, w[path]))
             for path in ("k", "v")
         )
-        attention = torch.softmax(linear(x, w["q"]) @ k.mT / k.shape[-1] ** 0.5, dim=-1)
+        q = linear(x, w["q"])
+        if self.watching is not None:
+            self.watching.add_cross(q, k, heads=1)
+        attention = torch.softmax(q @ k.mT / k.shape[-1] ** 0.5, dim=-1)
         return x + 0.5 * linear(attention @ v, w["out"])
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
@@ -175,6 +184,14 @@ class FakeHost:
         if self.poison:
             raw = raw * float("nan")
         return noisy - spread * raw if self.prediction == "eps" else noisy / scale**2 - raw * spread / scale
+
+    def attention_maps(self, latents: Tensor, prompts: Sequence[str], word: Word, levels: Sequence[float]) -> Tensor:
+        def run(noisy: Tensor, sigma: Tensor, text: Encodings, attention: WordAttention) -> None:
+            self.watching = attention
+            self.network(noisy / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt(), text.context, None)
+            self.watching = None
+
+        return collect(self, latents, prompts, word, levels, run)
 
     def project_values(self, vectors: Tensor) -> dict[str, Tensor]:
         return {layer: linear(vectors, w["v"]) for layer, w in self.layers.items()}

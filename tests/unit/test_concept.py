@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from perfusion.__main__ import info
 from perfusion.concept import (
-    FORMAT,
+    FORMATS,
     MAX_HEADER,
     MAX_THUMBNAIL,
     MAX_VECTORS,
@@ -52,6 +53,7 @@ SD1 = Family(
         **{f"output_blocks.{n}.1": (1, 320) for n in (9, 10, 11)},
     },
 )
+SD2 = Family("sd2", 1024, {"clip_h": 1024}, SD1.transformers)
 SDXL = Family(
     "sdxl",
     2048,
@@ -171,7 +173,7 @@ def test_metadata_tells_other_programs(tmp_path: Path) -> None:
     assert metadata["modelspec.resolution"] == "512x512"
     assert metadata["modelspec.trigger_phrase"] == "<my-teddy>"
     assert metadata["modelspec.thumbnail"] == "data:image/jpeg;base64,AA"
-    assert metadata["perfusion.format"] == str(FORMAT)
+    assert metadata["perfusion.format"] == FORMATS["half"] == "1"
     assert "modelspec.resolution" not in a_concept(training={}).metadata
     assert "modelspec.thumbnail" not in a_concept().metadata
 
@@ -181,19 +183,137 @@ def test_metadata_tells_other_programs(tmp_path: Path) -> None:
 
 def test_families_are_the_real_ones() -> None:
     assert (len(SD1.layers), sum(SD1.layers.values())) == (16, 12_480)
+    assert (len(SD2.layers), sum(SD2.layers.values())) == (16, 12_480)
     assert (len(SDXL.layers), sum(SDXL.layers.values())) == (70, 83_200)
 
 
-@pytest.mark.parametrize(("family", "tensors", "file"), [(SD1, 31_200, 36_000), (SDXL, 183_000, 190_000)])
-def test_size(tmp_path: Path, family: Family, tensors: int, file: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "storage", "tensors", "file"),
+    [(SD1, "half", 31_200, 36_000), (SD2, "half", 33_200, 37_000), (SDXL, "8bit", 100_000, 100 * 1024)],
+)
+def test_size(tmp_path: Path, family: Family, storage: str, tensors: int, file: int) -> None:
     concept = a_concept(family, training={f"setting_{n}": "x" * 10 for n in range(25)})
+    assert concept.storage == storage
     path = concept.save(tmp_path / "it.safetensors")
     size = sum(tensor.numel() * tensor.element_size() for tensor in concept.tensors.values())
-    d = family.context_width
-    assert size == 2 * (sum(family.layers.values()) + 3 * d + sum(family.encoders.values())) <= tensors
+    others = 2 * (3 * family.context_width + sum(family.encoders.values()))
+    values, scales = sum(family.layers.values()), len(family.layers)
+    assert size == others + (2 * values if storage == "half" else values + 2 * scales) <= tensors
     assert path.stat().st_size <= file
     found = load(path)
     assert same(found, concept)
+
+
+# --- target values in 8 bits
+
+
+NARROW = a_concept(storage="8bit")
+
+
+def test_a_concept_in_8_bits_is_read_back_as_it_was(tmp_path: Path) -> None:
+    path = NARROW.save(tmp_path / "it.safetensors")
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["perfusion.format"] == "2"
+        assert file.get_tensor("o_star_v").dtype == torch.int8
+        assert file.get_tensor("o_star_v.scale").shape == (len(SMALL.layers),)
+    found = load(path)
+    assert found.storage == "8bit"
+    assert same(found, NARROW)
+    assert found.save(tmp_path / "again.safetensors").stat().st_size == path.stat().st_size
+    assert same(load(tmp_path / "again.safetensors"), NARROW)
+
+
+def test_storage_is_the_familys_unless_said_otherwise(tmp_path: Path) -> None:
+    assert a_concept(SD1).storage == a_concept(SD2).storage == a_concept(SMALL).storage == "half"
+    assert a_concept(SDXL).storage == "8bit"
+    wide = a_concept(SDXL, storage="half")
+    assert wide.metadata["perfusion.format"] == "1"
+    assert same(load(wide.save(tmp_path / "it.safetensors")), wide), "as SDXL files were before"
+    assert same(load(a_concept(SD1, storage="8bit").save(tmp_path / "sd1.safetensors")), a_concept(SD1, storage="8bit"))
+    with pytest.raises(ValueError, match="half, 8bit"):
+        a_concept(storage="4bit")
+
+
+def test_storage_changes_target_values_alone_and_little() -> None:
+    wide, narrow = a_concept(SDXL, storage="half"), a_concept(SDXL)
+    assert torch.equal(wide.i_star, narrow.i_star)
+    assert torch.equal(wide.embeddings["clip_g"], narrow.embeddings["clip_g"])
+    for layer, values in wide.o_star_v.items():
+        assert (narrow.o_star_v[layer] - values).norm() / values.norm() < 0.01
+    assert wide.digest != narrow.digest
+    assert narrow.with_thumbnail("data:image/png;base64,AA").storage == "8bit"
+
+
+def test_digests_of_8_bits_are_of_codes_and_scales(tmp_path: Path) -> None:
+    for name, change in (("o_star_v", lambda t: t.neg_()), ("o_star_v.scale", lambda t: t.mul_(1.01))):
+        NARROW.save(tmp_path / "it.safetensors", overwrite=True)
+        tensors = load_file(tmp_path / "it.safetensors")
+        change(tensors[name])
+        save_file(tensors, tmp_path / "it.safetensors", NARROW.metadata)
+        assert "digest" in refused(tmp_path / "it.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda t: t.pop("o_star_v.scale"), "missing or unknown: o_star_v.scale", id="no scales"),
+        pytest.param(lambda t: t.update({"o_star_v.scale": torch.ones(2).half()}), "scale has shape", id="few scales"),
+        pytest.param(lambda t: t.update({"o_star_v.scale": torch.ones(3, 1).half()}), "scale has shape", id="axes"),
+        pytest.param(lambda t: t["o_star_v.scale"].zero_(), "not above 0", id="zero scales"),
+        pytest.param(lambda t: t["o_star_v.scale"].neg_(), "not above 0", id="negative scales"),
+        pytest.param(lambda t: t["o_star_v.scale"].fill_(torch.inf), "not finite", id="infinite scales"),
+        pytest.param(lambda t: t["o_star_v.scale"].fill_(torch.nan), "not finite", id="NaN scales"),
+        pytest.param(lambda t: t.update({"o_star_v.scale": torch.ones(3).int()}), "unknown types", id="whole scales"),
+        pytest.param(lambda t: t.update(o_star_v=torch.ones(11).half()), "o_star_v must be I8", id="half values"),
+        pytest.param(lambda t: t.update(o_star_v=torch.ones(11).byte()), "o_star_v must be I8", id="unsigned"),
+        pytest.param(lambda t: t.update(i_star=torch.ones(6).to(torch.int8)), "unknown types", id="i* in 8 bits"),
+        pytest.param(lambda t: t.update(o_star_v=torch.ones(10).to(torch.int8)), "o_star_v has shape", id="few values"),
+        pytest.param(
+            lambda t: t.update(o_star_v=torch.full((11,), -128).to(torch.int8)), "digest", id="more than 127 levels"
+        ),
+    ],
+)
+def test_damaged_files_in_8_bits(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    path = NARROW.save(tmp_path / "it.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, NARROW.metadata)
+    assert message in refused(path)
+
+
+def test_versions_are_of_their_own_storage(tmp_path: Path) -> None:
+    for concept, version in ((WHOLE, "2"), (NARROW, "1")):
+        metadata = {**concept.metadata, "perfusion.format": version}
+        save_file(concept.tensors, tmp_path / "it.safetensors", metadata)
+        assert "o_star_v.scale" in refused(tmp_path / "it.safetensors")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_damaged_byte_in_8_bits_is_noticed(
+    tmp_path_factory: pytest.TempPathFactory, position: int, change: int
+) -> None:
+    path = NARROW.save(tmp_path_factory.mktemp("it") / "it.safetensors")
+    data = bytearray(path.read_bytes())
+    body = 8 + struct.unpack("<Q", data[:8])[0]
+    data[body + position % (len(data) - body)] ^= change
+    path.write_bytes(data)
+    refused(path)
+
+
+@pytest.mark.parametrize(("concept", "storage", "values"), [(a_concept(), "half", 22), (NARROW, "8bit", 11)])
+def test_info_shows_storage_and_its_bytes(tmp_path: Path, concept: Concept, storage: str, values: int) -> None:
+    path = concept.save(tmp_path / "it.safetensors")
+    facts: Any = info(path)
+    assert (facts["storage"], facts["bytes"]["o_star_v"]) == (storage, values)
+    assert facts["bytes"].get("o_star_v.scale") == (6 if storage == "8bit" else None)
+    assert facts["bytes"]["tensors"] + facts["bytes"]["header"] == facts["bytes"]["file"] == path.stat().st_size
+
+
+def test_target_values_that_8_bits_cannot_hold_are_refused() -> None:
+    for bad in (torch.nan, torch.inf, 1e6):
+        values = {layer: torch.full((width,), bad) for layer, width in SMALL.layers.items()}
+        with pytest.raises(ConceptFileError, match="not finite"):
+            a_concept(o_star_v=values, storage="8bit")
 
 
 # --- concepts that cannot be
@@ -412,7 +532,7 @@ def changed(path: Path, edit: Callable[[dict[str, Any], dict[str, str]], Any]) -
         pytest.param(lambda t, m: m.update({"perfusion.form": "preserving"}), "digest", id="other form"),
         pytest.param(lambda t, m: m.update({"perfusion.form": "baroque"}), "baroque", id="unknown form"),
         pytest.param(lambda t, m: m.update({"perfusion.estimator": ""}), "this version lacks", id="no estimator"),
-        pytest.param(lambda t, m: m.update({"perfusion.format": "2"}), "Update ComfyUI-Perfusion", id="newer"),
+        pytest.param(lambda t, m: m.update({"perfusion.format": "3"}), "Update ComfyUI-Perfusion", id="newer"),
         pytest.param(lambda t, m: m.update({"perfusion.format": "9" * 500}), "Update", id="much newer"),
         pytest.param(lambda t, m: m.pop("perfusion.format"), "no Perfusion concept", id="no format"),
         pytest.param(lambda t, m: m.pop("perfusion.placeholder"), "metadata is damaged", id="no placeholder"),

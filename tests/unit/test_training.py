@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from functools import cache
 from typing import Any, Literal
 
 import pytest
@@ -11,48 +10,16 @@ import torch
 from torch import Tensor
 
 from perfusion.concept import Concept, PlaceholderError
-from perfusion.corpus import captions, captions_naming
+from perfusion.corpus import captions_naming
 from perfusion.hosts.base import Encodings
-from perfusion.statistics import TextStatistics, measure, word_encodings
+from perfusion.statistics import word_encodings
 from perfusion.training import trainer as trainer_module
 from perfusion.training.config import TrainingConfig
-from perfusion.training.dataset import Photos, prepare
 from perfusion.training.trainer import EMA, StepReport, Subject, Trainer, TrainingError, train
 from tests.unit.fake_host import FakeHost
+from tests.unit.small_training import BEAR, TWO_ENCODERS, a_trainer, other_photos, photos, settings, statistics
 
-BEAR = Subject("<bear>", "bear")
-TWO_ENCODERS = {"clip_l": 12, "clip_g": 6}
 STILL: dict[str, Any] = {"value_rate": 0.0, "embedding_rate": 0.0}  # nothing moves: what is left is the gradient
-
-
-def settings(**changes: Any) -> TrainingConfig:
-    small = {"steps": 20, "batch_size": 4, "micro_batch": 0, "resolution": 64, "contexts": 16}
-    return TrainingConfig(**{**small, **changes})
-
-
-@cache
-def photos() -> Photos:
-    draw = torch.Generator().manual_seed(3)
-    images = [0.2 + 0.6 * torch.rand(64, 64, 3, generator=draw).round() for _ in range(3)]
-    masks = [torch.zeros(64, 64) for _ in images]
-    for k, mask in enumerate(masks):
-        mask[8 * k : 8 * k + 40, 4:50] = 1
-    return prepare(FakeHost(), images, masks, 64)
-
-
-@cache
-def statistics(two_encoders: bool = False) -> TextStatistics:
-    return measure(FakeHost(encoders=TWO_ENCODERS) if two_encoders else FakeHost(), captions(100))
-
-
-def a_trainer(
-    subject: Subject = BEAR, host: FakeHost | None = None, pictures: Photos | None = None, **changes: Any
-) -> Trainer:
-    """A trainer whose host is loaded, as inside ``host.training()``."""
-    loaded = FakeHost() if host is None else host
-    loaded.in_training = True
-    used = statistics(len(loaded.encoders) == 2)
-    return Trainer(loaded, pictures or photos(), subject, used, settings(**changes))
 
 
 def trained(subject: Subject = BEAR, host: FakeHost | None = None, **changes: Any) -> Concept:
@@ -244,7 +211,7 @@ def test_draws_cover_photos_captions_and_noise_levels() -> None:
 
 
 def test_flip_off_never_mirrors() -> None:
-    broken = replace(photos(), mirrored=torch.full_like(photos().mirrored, torch.nan))
+    broken = other_photos(mirrored=torch.full_like(photos().mirrored, torch.nan))
     trainer = a_trainer(pictures=broken, flip=False, steps=10)
     trainer.run()
     with pytest.raises(TrainingError):

@@ -7,15 +7,23 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import folder_paths
 
 from ...concept import Concept, ConceptFileError, load
+from ...training.folder import EXTENSIONS as PHOTOS
+from ...training.folder import MASK_FOLDER, involved_files, is_below
+from ..clipseg import MODEL_FILE as CLIPSEG_FILE
 
 FOLDER = "perfusion"
 EXTENSIONS = {".safetensors"}
 _STATISTICS = "statistics"
+_TRAININGS = "trainings"
+CLIPSEG = "clipseg"
+_DEEPEST, _MOST_FOLDERS = 4, 2000  # levels below the input folder, and folders in all, that are looked into
 
 
 def register() -> None:
@@ -44,6 +52,26 @@ def statistics_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / FOLDER / _STATISTICS
 
 
+def training_folder() -> Path:
+    """Where trainings are kept that were stopped or may go on; anything in it can be deleted."""
+    return Path(folder_paths.get_user_directory()) / FOLDER / _TRAININGS
+
+
+def trainings() -> list[str]:
+    """The trainings that are kept, sorted."""
+    return sorted((path.stem for path in training_folder().glob("*.safetensors")), key=str.lower)
+
+
+def find_training(name: str) -> Path:
+    """The file of a training as ``trainings`` gives it. Raises ValueError when there is none."""
+    if name not in trainings():
+        raise ValueError(
+            f"there is no training {name!r} to go on with in user/{FOLDER}/{_TRAININGS}. Press R to refresh the list, "
+            "and choose another, or 'automatic'."
+        )
+    return training_folder() / f"{name}.safetensors"
+
+
 def names() -> list[str]:
     """The concept files that a user can choose, sorted."""
     return sorted(folder_paths.get_filename_list(FOLDER), key=str.lower)
@@ -59,8 +87,7 @@ def find(name: str) -> Path:
             f"{name!r} is not a .safetensors file; other kinds (.pt, .ckpt) can run code when they are opened and are "
             "never read. Choose a file saved by Save Concept."
         )
-    outside = os.path.isabs(name) or ntpath.splitdrive(name)[0] or ".." in re.split(r"[\\/]", name)
-    path = None if outside else folder_paths.get_full_path(FOLDER, name)
+    path = None if _leads_outside(name) else folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise ConceptFileError(
             f"there is no concept file {name!r} in models/{FOLDER} or output/{FOLDER}. Put it there and press R to "
@@ -101,9 +128,67 @@ def corpus_stamp(name: str) -> str:
     return _stamp(name, find_corpus)
 
 
+def photo_folders() -> list[str]:
+    """Folders below ComfyUI's input that hold photos, sorted, as ``a/b``; those of masks are part of their photos'."""
+    top = Path(folder_paths.get_input_directory())
+    found: list[str] = []
+    visited = islice(os.walk(top), _MOST_FOLDERS)
+    for place, below, files in visited:
+        inside = Path(place).relative_to(top).parts
+        below[:] = sorted(name for name in below if name.lower() != MASK_FOLDER and not name.startswith("."))
+        if len(inside) == _DEEPEST:
+            below.clear()
+        if inside and any(Path(name).suffix.lower() in PHOTOS for name in files):
+            found.append("/".join(inside))
+    return sorted(found, key=str.lower)
+
+
+def find_photo_folder(name: str) -> Path:
+    """The folder of a name as ``photo_folders`` gives it.
+
+    Raises ValueError for names that are no folder below ComfyUI's input: missing, absolute, with ``..``, or by a link
+    elsewhere.
+    """
+    path = Path(folder_paths.get_input_directory()) / name
+    if not name or _leads_outside(name) or not path.is_dir() or not is_below(path, input_folder()):
+        raise ValueError(
+            f"there is no folder {name!r} in ComfyUI's input folder. Put a folder with photos there and press R to "
+            "refresh the list, or choose another."
+        )
+    return path
+
+
+def input_folder() -> Path:
+    """ComfyUI's input folder: links that lead out of it are not followed."""
+    return Path(folder_paths.get_input_directory())
+
+
+def photo_folder_stamp(name: str) -> str:
+    """Changes when a photo, mask or text in the folder of that name does, comes or goes; for the host's cache."""
+    try:
+        files = involved_files(find_photo_folder(name), input_folder())
+        status = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    except (ValueError, OSError):
+        return f"{name}: missing"
+    return f"{name}: {sha256(repr(status).encode()).hexdigest()}"
+
+
+def clipseg_folder() -> Path:
+    """Where CLIPSeg lies, or would: models/clipseg, or a folder of that kind in extra_model_paths.yaml."""
+    own = Path(folder_paths.models_dir) / CLIPSEG
+    known = folder_paths.folder_names_and_paths.get(CLIPSEG, ([], set()))[0]
+    folders = [own, *map(Path, known)]
+    return next((folder for folder in folders if (folder / CLIPSEG_FILE).is_file()), own)
+
+
 def _stamp(name: str, locate: Callable[[str], Path]) -> str:
     try:
         status = locate(name).stat()
     except (ValueError, OSError):
         return f"{name}: missing"
     return f"{name}: {status.st_size} {status.st_mtime_ns}"
+
+
+def _leads_outside(name: str) -> bool:
+    """Whether a name is absolute, on any system, or goes up."""
+    return bool(os.path.isabs(name) or ntpath.splitdrive(name)[0] or ".." in re.split(r"[\\/]", name))

@@ -1,11 +1,33 @@
-"""Progress bars on nodes, and cancelling, as ComfyUI has them."""
+"""Progress bars on nodes, cancelling, and the live view of a training, as ComfyUI has them."""
 
 from __future__ import annotations
 
+import base64
+import io
+import logging
+import math
+import queue
+import threading
+import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...training.session import Update
+
+logger = logging.getLogger(__name__)
+
+EVENT = "perfusion.training"
+_SECONDS = 0.2  # between events that carry nothing but numbers
+_WAITING = 2  # pictures that may wait to be sent; further ones are dropped, as a newer one follows
+_SIDE = 768  # pixels of the longer side of a preview
 
 
 def progress_on(node_id: str | None) -> Callable[[int, int], None]:
@@ -20,3 +42,113 @@ def progress_on(node_id: str | None) -> Callable[[int, int], None]:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     return report
+
+
+class TrainingView:
+    """Shows a training on its node, and tells front ends of it by ``perfusion.training`` events.
+
+    A listener of ``perfusion.training.session.Session``: it raises the host's own exception when the user cancels.
+    Events hold ``node``, ``prompt_id``, ``step``, ``steps``, ``loss``, ``gate`` (0 to 1), ``seconds_left``,
+    ``best_step``, ``score`` (of a step that was just scored: ``value``, ``image``, ``text``, ``weak``) and ``warning``;
+    an event of the same name with ``step`` and ``preview`` (a JPEG as data URI) follows where pictures were drawn, and
+    one with ``step`` and ``saved`` (the name of a concept file) where a training was stopped.
+    To be used as a context manager, which ends the thread that encodes them.
+    """
+
+    def __init__(self, node_id: str | None):
+        self._node = node_id
+        context = get_executing_context()
+        self._prompt = context.prompt_id if context else None
+        self._bar: comfy.utils.ProgressBar | None = None
+        self._sent = -math.inf
+        self._pictures: queue.Queue[tuple[int, Image.Image] | None] = queue.Queue(_WAITING)
+        self._encoder = threading.Thread(target=self._encode, name="perfusion previews", daemon=True)
+
+    def __enter__(self) -> TrainingView:
+        self._encoder.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pictures.put(None)
+        self._encoder.join()
+
+    def __call__(self, update: Update) -> None:
+        """Show an update."""
+        picture = None if update.pictures is None else sheet(update.pictures)
+        if picture is not None:
+            try:
+                self._pictures.put_nowait((update.step, picture))
+            except queue.Full:
+                logger.debug("a preview was dropped: the ones before it are still being encoded")
+        if update.score is not None or update.warning or self._due() or update.step == update.steps:
+            self._send(facts(update))
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(update.steps, node_id=self._node)
+        preview = None if picture is None else ("JPEG", picture, _SIDE)
+        self._bar.update_absolute(update.step, update.steps, preview)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def tell(self, **content: Any) -> None:
+        """Send an event of its own, beside those that updates make."""
+        self._send(content)
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._sent >= _SECONDS
+
+    def _encode(self) -> None:
+        while (waiting := self._pictures.get()) is not None:
+            step, picture = waiting
+            encoded = io.BytesIO()
+            picture.save(encoded, "JPEG", quality=85)
+            uri = "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
+            self._send({"step": step, "preview": uri})
+
+    def _send(self, content: dict[str, Any]) -> None:
+        self._sent = time.monotonic()
+        server = PromptServer.instance
+        server.send_sync(EVENT, {"node": self._node, "prompt_id": self._prompt, **content}, server.client_id)
+
+
+def facts(update: Update) -> dict[str, Any]:
+    """An update as JSON can carry it: numbers that are none become null."""
+
+    def number(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    score = update.score
+    told = score and {
+        "value": number(score.value),
+        "image": number(score.image),
+        "text": number(score.text),
+        "weak": score.weak,
+    }
+    return {
+        "step": update.step,
+        "steps": update.steps,
+        "loss": number(update.loss),
+        "gate": number(update.gate),
+        "seconds_left": number(update.seconds_left),
+        "best_step": update.best_step,
+        "score": told,
+        "warning": update.warning,
+    }
+
+
+def sheet(pictures: Tensor) -> Image.Image:
+    """Pictures (n, h, w, 3) in 0..1 side by side, as nearly square as they go, its longer side 768 pixels at most.
+
+    Small pictures are enlarged without blurring.
+    """
+    count, height, width = pictures.shape[:3]
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    whole = Image.new("RGB", (columns * width, rows * height))
+    for number, picture in enumerate((pictures.clamp(0, 1) * 255).round().byte().cpu().contiguous().numpy()):
+        whole.paste(Image.fromarray(picture), (number % columns * width, number // columns * height))
+    longest = max(whole.size)
+    if longest > _SIDE:
+        whole.thumbnail((_SIDE, _SIDE))
+    elif longest * 2 <= _SIDE:
+        factor = _SIDE // longest
+        whole = whole.resize((whole.width * factor, whole.height * factor), Image.Resampling.NEAREST)
+    return whole

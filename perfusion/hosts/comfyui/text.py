@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -143,19 +144,36 @@ def encode(clip: Any, prompts: Sequence[str], word: Word | None = None, *, poole
     stands = torch.tensor([[_stands_in(token) for token in chunk[one]] for chunk in chunks])
     end = getattr(tokenizer, f"clip_{one}").end_token
     padding = torch.tensor([_behind_end(chunk[one], end) for chunk in chunks])
-    if pooled:
-        each = [_encode_chunks(clip, {key: [chunk[key]] for key in keys}) for chunk in chunks]
-        context, pools = torch.cat([context for context, _ in each]), torch.cat([pool for _, pool in each])
-    else:
-        # The encoders take the chunks of one long prompt as a batch, and lay the encodings one after the other.
-        context, pools = _encode_chunks(clip, {key: [chunk[key] for chunk in chunks] for key in keys})
-        context, pools = context.view(len(chunks), -1, context.shape[-1]), None
-    return Encodings(context, stands, padding, pools)
+    weighted = {key: [[(token, 1.0) for token in chunk[key]] for chunk in chunks] for key in keys}
+    # The encoders take the chunks of one long prompt as a batch, and lay the encodings one after the other.
+    with _pools_kept(clip) if pooled else nullcontext([]) as pools:
+        context = clip.encode_from_tokens(weighted)
+    context = context.view(len(chunks), -1, context.shape[-1])
+    return Encodings(context, stands, padding, torch.cat(pools).to(context.device) if pooled else None)
 
 
-def _encode_chunks(clip: Any, chunks: dict[str, list[list[Any]]]) -> tuple[Tensor, Tensor]:
-    weighted = {key: [[(token, 1.0) for token in chunk] for chunk in rows] for key, rows in chunks.items()}
-    return clip.encode_from_tokens(weighted, return_pooled=True)
+@contextmanager
+def _pools_kept(clip: Any) -> Iterator[list[Tensor]]:
+    """Collects the pooled output of every chunk that is encoded in the block: the host passes on the first one's alone.
+
+    Pooled is what stands last in the context: CLIP-G for SDXL.
+    """
+    encoder = getattr(clip.cond_stage_model, list(encoder_widths(clip))[-1])
+    own, encode, pools = vars(encoder).get("encode"), encoder.encode, []
+
+    def encode_and_keep(tokens: Any) -> Any:
+        out = encode(tokens)
+        pools.append(out[1])
+        return out
+
+    encoder.encode = encode_and_keep
+    try:
+        yield pools
+    finally:
+        if own is None:
+            del encoder.encode
+        else:
+            encoder.encode = own
 
 
 def _stands_in(token: Any) -> bool:

@@ -20,12 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from ...edit import KeyValueEdit
 from ...family import Family
 from ...stack import ConceptStack
+from ...training.attention import WordAttention, collect
 from ..base import Encodings, Word
 from . import text as text_side
 from .apply import Applied, attach, detach
+from .attention import watching
 from .structure import UnsupportedModelError, encoder_widths, family_of, projections
 
 _EVERYTHING = 10**20  # bytes
+_PIXELS = 8  # along each side of a latent pixel, as the host counts when it tells SDXL the size of a picture
 _PROBES = ("a photo of a cat", "Two red chairs, by the sea; 1987!")
 
 
@@ -105,27 +108,91 @@ class ComfyHost:
                 f"the VAE on input 'vae' makes latents of shape {tuple(latent.shape[1:])}, the model needs {channels} "
                 "channels in two dimensions: connect the checkpoint's own VAE"
             )
+        if self._in_training:
+            self.reload()
         return self._model.model.process_latent_in(latent.float().cpu()).clone()
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """See ``Host.decode_latents``."""
+        with torch.no_grad():
+            pictures = self._vae.decode(self._model.model.process_latent_out(latents.float()))
+        if pictures.ndim != 4 or pictures.shape[-1] != 3:
+            raise UnsupportedModelError(
+                f"the VAE on input 'vae' makes pictures of shape {tuple(pictures.shape[1:])}, not of height, width and "
+                "three colors: connect the checkpoint's own VAE"
+            )
+        if self._in_training:
+            self.reload()
+        return pictures.float().cpu().clamp(0, 1)
 
     def noise_levels(self) -> Tensor:
         """See ``Host.noise_levels``."""
         return self._model.get_model_object("model_sampling").sigmas.detach().float().clone()
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
-        """See ``Host.denoise``."""
-        model, extra = self._model.model, {}
-        if self._wants_pooled:
-            height, width = (8 * side for side in noisy.shape[-2:])
-            extra["y"] = model.encode_adm(pooled_output=text.pooled, width=width, height=height, device=noisy.device)
+    def denoise(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Encodings,
+        edit: KeyValueEdit | None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """See ``Host.denoise``. ``sizes`` (b, 2): height and width in pixels of what each latent shows, before it was
+        resized; without, the size that it has now. SDXL is told, other families don't ask."""
         # It stays in force behind this call: checkpointed blocks are computed again in the backward pass.
         self._live.edit = edit
-        return model.apply_model(
-            noisy,
-            sigma,
-            c_crossattn=text.context.to(noisy.device),
-            transformer_options={"optimized_attention_override": _differentiable_attention},
-            **extra,
-        )
+        options = {"optimized_attention_override": _differentiable_attention}
+        return self._estimate(noisy, sigma, text, options, sizes)
+
+    def attention_maps(self, latents: Tensor, prompts: Sequence[str], word: Word, levels: Sequence[float]) -> Tensor:
+        """See ``Host.attention_maps``."""
+        self._live.edit = None
+        with ExitStack() as stack:
+            if not self._in_training:
+                stack.callback(self._model.eject_model)
+
+            def run(noisy: Tensor, sigma: Tensor, text: Encodings, attention: WordAttention) -> None:
+                if not self._in_training:
+                    comfy.model_management.load_models_gpu([self._model])
+                self._estimate(noisy, sigma, text, watching(attention))
+
+            return collect(self, latents.to(self.device), prompts, word, levels, run)
+
+    def _estimate(
+        self, noisy: Tensor, sigma: Tensor, text: Encodings, options: dict[str, Any], sizes: Tensor | None = None
+    ) -> Tensor:
+        """x0 by the network with these transformer options; ``sizes`` as for ``denoise``."""
+        model, extra = self._model.model, {}
+        if self._wants_pooled:
+            extra["y"] = self._size_conditioning(noisy, text, sizes)
+        context = text.context.to(noisy.device)
+        return model.apply_model(noisy, sigma, c_crossattn=context, transformer_options=options, **extra)
+
+    def _size_conditioning(self, noisy: Tensor, text: Encodings, sizes: Tensor | None) -> Tensor:
+        """What SDXL wants besides the context (b, n): pooled text and three sizes (Podell et al. 2023, section 2.2).
+
+        The size before resizing is the photo's own, so that a small photo's blur is put down to its size and is not
+        learned. A crop was chosen to show the thing whole, and says as an uncropped picture would that nothing is cut
+        off: (0, 0), which is also what pictures are drawn with.
+        """
+        if text.pooled is None:
+            raise ValueError("this network wants pooled encodings, and these have none: encode with this very host")
+        target = [_PIXELS * side for side in noisy.shape[-2:]]
+        sizes = torch.tensor([target] * len(noisy)) if sizes is None else sizes
+        vectors = [
+            self._model.model.encode_adm(
+                pooled_output=pooled.unsqueeze(0),
+                height=height,
+                width=width,
+                crop_h=0,
+                crop_w=0,
+                target_height=target[0],
+                target_width=target[1],
+                device=noisy.device,
+            )
+            for pooled, (height, width) in zip(text.pooled, sizes.tolist(), strict=True)
+        ]
+        return torch.cat(vectors).to(noisy.device)
 
     def project_values(self, vectors: Tensor) -> dict[str, Tensor]:
         """See ``Host.project_values``."""
@@ -145,9 +212,7 @@ class ComfyHost:
                 brain_float = comfy.model_management.should_use_bf16(self.device)
                 self._model.set_model_compute_dtype(torch.bfloat16 if brain_float else torch.float32)
             # Training needs room for activations: whatever else is loaded makes way.
-            comfy.model_management.load_models_gpu(
-                [self._model, self._clip.patcher], memory_required=_EVERYTHING, force_full_load=True
-            )
+            self.reload(_EVERYTHING)
             # Everything is loaded now, and stays: each encoding would load anew, and might evict the network for it.
             self._clip.load_model = lambda tokens=None: self._clip.patcher
             stack.callback(vars(self._clip).pop, "load_model")
@@ -163,6 +228,16 @@ class ComfyHost:
             finally:
                 self._live.edit = None
                 self._model.eject_model()
+
+    def reload(self, memory_required: int = 0) -> None:
+        """Have the models of a training loaded, whole: what was loaded meanwhile may have pushed them out."""
+        models = [self._model, self._clip.patcher]
+        comfy.model_management.load_models_gpu(models, memory_required=memory_required, force_full_load=True)
+
+    @property
+    def _in_training(self) -> bool:
+        """Whether a ``training`` block is open, in which everything is loaded and stays so."""
+        return "load_model" in vars(self._clip)
 
     @property
     def _wants_pooled(self) -> bool:

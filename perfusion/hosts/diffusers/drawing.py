@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...edit import KeyValueEdit
+from ...sampling import sample, unit_noise
 from ...stack import ConceptStack
 from ..base import Encodings
 from .host import DiffusersHost
@@ -49,14 +50,10 @@ def draw(
     with torch.no_grad(), host.edits():
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            noise = torch.stack([_noise(seed, shape) for seed in seeds[part]]).to(host.device)
+            noise = torch.stack([unit_noise(seed, shape) for seed in seeds[part]]).to(host.device)
             text = _encode(host, stack, [*prompts[part], *([negative] * len(noise) if guidance != 1 else [])], edit)
-            pictures.append(host.decode_latents(_sample(host, noise, text, edit, steps, guidance)))
+            pictures.append(host.decode_latents(sample(host, noise, text, edit, steps, guidance)))
     return torch.cat(pictures)
-
-
-def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _encode(host: DiffusersHost, stack: ConceptStack, prompts: list[str], edit: KeyValueEdit | None) -> Encodings:
@@ -68,21 +65,3 @@ def _encode(host: DiffusersHost, stack: ConceptStack, prompts: list[str], edit: 
         edit.key_lock.shift = None if shift is None else shift.to(context)
     nothing = torch.zeros(context.shape[:2], dtype=torch.bool)
     return Encodings(context, nothing, nothing)
-
-
-def _sample(
-    host: DiffusersHost, noise: Tensor, text: Encodings, edit: KeyValueEdit | None, steps: int, guidance: float
-) -> Tensor:
-    """Latents (b, c, h, w) from unit noise. ``text`` holds the prompts and, where guided, the negative ones behind."""
-    levels = host.noise_levels()
-    timesteps = torch.linspace(len(levels) - 1, 0, steps).round().long()
-    sigmas = torch.cat([levels[timesteps], levels.new_zeros(1)]).to(host.device)
-    copies = len(text.context) // len(noise)
-    x = noise * (1 + sigmas[0] ** 2).sqrt()
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        estimate = host.denoise(x.repeat(copies, 1, 1, 1), sigma.repeat(copies * len(x)), text, edit)
-        if copies == 2:
-            wanted, unwanted = estimate.chunk(2)
-            estimate = unwanted + guidance * (wanted - unwanted)
-        x = estimate + (x - estimate) * (following / sigma)
-    return x

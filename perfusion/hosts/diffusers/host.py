@@ -15,6 +15,7 @@ from torch import Tensor
 from ...edit import KeyValueEdit
 from ...family import Family
 from ..base import Encodings, Word
+from .attention import attention_maps
 from .patching import EditedProjections
 from .structure import UnsupportedPipelineError, cross_attentions, family_of
 from .text import ClipText
@@ -152,6 +153,10 @@ class DiffusersHost:
             return {
                 layer: attention.to_v(vectors).squeeze(0).float() for layer, attention in cross_attentions(self.unet)
             }
+
+    def attention_maps(self, latents: Tensor, prompts: Sequence[str], word: Word, levels: Sequence[float]) -> Tensor:
+        """See ``Host.attention_maps``."""
+        return attention_maps(self, latents.to(self.device), prompts, word, levels)
 
     @contextmanager
     def training(self, *, gradient_checkpointing: bool = False) -> Iterator[None]:
