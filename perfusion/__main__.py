@@ -27,6 +27,7 @@ def info(path: Path) -> dict[str, object]:
         "super_category": concept.super_category,
         "family": concept.family.title,
         "layers": len(concept.o_star_v),
+        "storage": concept.storage,
         "form": concept.form,
         "estimator": concept.estimator,
         "created": concept.created,
