@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..perfusion.hosts.comfyui import library
-from . import concepts, miniature, train
+from . import concepts, inspect, miniature, photos, share, train
 
 
 class PerfusionExtension(ComfyExtension):
@@ -14,4 +14,4 @@ class PerfusionExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, and, once, the folders where concepts lie."""
         library.register()
-        return [*train.NODES, *concepts.NODES, *miniature.NODES]
+        return [*photos.NODES, *train.NODES, *concepts.NODES, *share.NODES, *inspect.NODES, *miniature.NODES]

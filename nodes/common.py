@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 Concepts = io.Custom("PERFUSION_CONCEPTS")
-Training = io.Custom("PERFUSION_TRAINING")  # perfusion.training.session.Outcome
+Training = io.Custom("PERFUSION_TRAINING")  # perfusion.training.run.Outcome
 
 # Keys that older hosts do not know travel in this dictionary, which every host hands to its front end.
 ADVANCED = {"advanced": True}

@@ -22,6 +22,8 @@ from ..perfusion.statistics import ESTIMATORS, cached
 from ..perfusion.training.checkpoint import goes_on, photos_digest
 from ..perfusion.training.config import RATES, TrainingConfig
 from ..perfusion.training.dataset import prepare
+from ..perfusion.training.masks import attention_masks, dimmed
+from ..perfusion.training.run import MOST_PATIENCE, Outcome, Run
 from ..perfusion.training.scoring import (
     Drawing,
     LossGateScorer,
@@ -30,7 +32,6 @@ from ..perfusion.training.scoring import (
     Scorer,
     validation_prompts,
 )
-from ..perfusion.training.session import MOST_PATIENCE, Outcome, Session
 from ..perfusion.training.trainer import Subject, Trainer, TrainingError, require_words
 from .common import ADVANCED, Concepts, Training, naming, schema
 
@@ -67,8 +68,8 @@ class PerfusionTrainConcept(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="One mask for each photo, in the same order, white where the thing is. Without masks the "
-                    "background is learned too.",
+                    tooltip="One mask for each photo, in the same order, white where the thing is. Where there is "
+                    "none, the model's own attention says where the thing is.",
                 ),
                 io.String.Input(
                     "super_category",
@@ -161,8 +162,9 @@ class PerfusionTrainConcept(io.ComfyNode):
                     "captions",
                     multiline=True,
                     default="",
-                    tooltip="Captions to train with, one a line, with {} or the placeholder where the word goes. Left "
-                    "empty, short general ones are used.",
+                    tooltip="Captions to train with, one a line, with {} or the placeholder where the word goes. Where "
+                    "it is missing, it takes the place of the super-category, or the first. Left empty, short general "
+                    "ones are used.",
                     extra_dict=ADVANCED,
                 ),
                 # Optional from here on: graphs that were saved before these inputs came still run.
@@ -212,6 +214,27 @@ class PerfusionTrainConcept(io.ComfyNode):
                     "it had not been. never: begins anew. Or a training by name, which must have these settings.",
                     extra_dict=ADVANCED,
                 ),
+                io.Boolean.Input(
+                    "automatic_masks",
+                    default=True,
+                    optional=True,
+                    tooltip="Photos without a mask get one: where the model itself looks for the super-category. Shown "
+                    "on the node. Off: all of such a photo is learned, the background too.",
+                ),
+                io.Boolean.Input(
+                    "aspect_buckets",
+                    default=False,
+                    optional=True,
+                    tooltip="Photos keep their shapes, as nearly as the model can draw them. Off: they become squares.",
+                    extra_dict=ADVANCED,
+                ),
+                io.String.Input(
+                    "photo_captions",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Captions of each photo, from Load Photos: one text for each, one caption a line. A photo "
+                    "with an empty one is trained with the general captions.",
+                ),
             ],
             outputs=[
                 Concepts.Output(
@@ -235,6 +258,7 @@ class PerfusionTrainConcept(io.ComfyNode):
         """Train; every input is a list, as photos may be."""
         images = [photo for batch in inputs.pop("images") for photo in batch]
         masks = _flat_masks(inputs.pop("masks", None))
+        of_photo = _photo_captions(inputs.pop("photo_captions", None), len(images))
         one = {name: values[0] for name, values in inputs.items() if values}
         for name in ("model", "clip", "vae"):
             if one.get(name) is None:
@@ -242,7 +266,7 @@ class PerfusionTrainConcept(io.ComfyNode):
         with naming(NODE, "placeholder"):
             placeholder = check_placeholder(one["placeholder"])
         captions = [line.strip() for line in (one.get("captions") or "").splitlines() if line.strip()]
-        subject = Subject(placeholder, one["super_category"].strip(), captions or paper_templates())
+        subject = Subject(placeholder, one["super_category"].strip(), captions or paper_templates(), of_photo)
         with naming(NODE):
             settings = {name: one[name] for name in TrainingConfig.__dataclass_fields__ if name in one}
             config = TrainingConfig(**settings)
@@ -250,25 +274,47 @@ class PerfusionTrainConcept(io.ComfyNode):
             host = ComfyHost(one["model"], one["clip"], one["vae"])
         with naming(NODE, "super_category"):
             require_words(host, subject)
+        with TrainingView(cls.hidden.unique_id) as view:
+            outcome = cls._learned(host, subject, images, masks, config, one, view)
+        stack = ConceptStack((ConceptUse(outcome.concept),))
+        return io.NodeOutput(stack, {"loss": list(outcome.losses)}, outcome, table(outcome))
+
+    @classmethod
+    def _learned(
+        cls,
+        host: ComfyHost,
+        subject: Subject,
+        images: list[Any],
+        masks: list[Any] | None,
+        config: TrainingConfig,
+        one: dict[str, Any],
+        view: TrainingView,
+    ) -> Outcome:
+        report = progress_on(cls.hidden.unique_id)
+        if one.get("automatic_masks", True):
+            with naming(NODE, "masks"):
+                made = attention_masks(host, images, subject.super_category, config.resolution, masks, report)
+            if made.notes:
+                logger.info("%s: %s", NODE, " ".join(made.notes))
+                view.show_masks(list(map(dimmed, images, made.masks)), config.steps)
+            masks = list(made.masks)
         with naming(NODE, "images"):
-            photos = prepare(host, images, masks, config.resolution, progress_on(cls.hidden.unique_id))
+            buckets = one.get("aspect_buckets", False)
+            photos = prepare(host, images, masks, config.resolution, report, buckets=buckets)
         with naming(NODE, "corpus"):
             corpus = _corpus(host, one["corpus"], one["corpus_size"])
             statistics = cached(host, corpus, library.statistics_folder(), progress_on(cls.hidden.unique_id))
         with naming(NODE), host.training(gradient_checkpointing=config.gradient_checkpointing):
             trainer = Trainer(host, photos, subject, statistics, config)
-            with TrainingView(cls.hidden.unique_id) as view:
-                session = Session(
-                    trainer,
-                    scorer=_scorer(host, subject, one, config.resolution),
-                    state=_state(trainer, one.get("resume", RESUME[0])),
-                    every=one.get("checkpoint_every", 25),
-                    patience=one.get("patience", 4),
-                    listeners=[view],
-                )
-                outcome = _finished(session, view)
-        stack = ConceptStack((ConceptUse(outcome.concept),))
-        return io.NodeOutput(stack, {"loss": list(outcome.losses)}, outcome, table(outcome))
+            run = Run(
+                trainer,
+                scorer=_scorer(host, subject, one, config.resolution),
+                state=_state(trainer, one.get("resume", RESUME[0])),
+                every=one.get("checkpoint_every", 25),
+                patience=one.get("patience", 4),
+                listeners=[view],
+            )
+            return _finished(run, view)
 
 
 class PerfusionPickStep(io.ComfyNode):
@@ -343,12 +389,12 @@ def _state(trainer: Trainer, resume: str) -> Path:
     raise AssertionError("unreachable")
 
 
-def _finished(session: Session, view: TrainingView) -> Outcome:
-    """Run a session. What was learned when it is stopped is kept as a concept file, too, to be tried at once."""
+def _finished(run: Run, view: TrainingView) -> Outcome:
+    """Run a run. What was learned when it is stopped is kept as a concept file, too, to be tried at once."""
     try:
-        return session.run()
+        return run.run()
     except BaseException as error:
-        if (best := session.best) is not None:
+        if (best := run.best) is not None:
             name = f"{best.concept.placeholder.strip('<>')}-step-{best.step}"
             try:
                 path = best.concept.save_numbered(library.output_folder(), name, library.searched_before_output())
@@ -382,6 +428,18 @@ def table(outcome: Outcome) -> str:
     if weak:
         lines.append("Judged by loss and gate alone. Connect a CLIP Vision to judge by pictures.")
     return "\n".join(lines)
+
+
+def _photo_captions(texts: list[Any] | None, photos: int) -> list[str] | None:
+    """One text for each photo; None where nothing is connected."""
+    if not texts or all(text is None for text in texts):
+        return None
+    if len(texts) != photos:
+        raise ValueError(
+            f"{NODE}, input 'photo_captions': {photos} photos but {len(texts)} captions. Connect both to the same Load "
+            "Photos, or give one text for each photo."
+        )
+    return [text or "" for text in texts]
 
 
 def _flat_masks(batches: list[Any] | None) -> list[Any] | None:

@@ -63,7 +63,7 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "prediction": trainer.host.prediction,
         "placeholder": trainer.subject.placeholder,
         "super_category": trainer.subject.super_category,
-        "captions": _digest(trainer.subject.prompts()),
+        "captions": _digest([*trainer.captions.prompts, json.dumps(trainer.captions.of_photo)]),
         "context_captions": _digest(trainer.context_captions()),
         "number_of_photos": len(trainer.photos),
         "photos": _sketch(bucket.latents for bucket in trainer.photos.buckets),

@@ -119,10 +119,13 @@ def given(masks: Sequence[Tensor | None] | None, count: int) -> list[Tensor | No
 
 
 def dimmed(image: Tensor, mask: Tensor | None) -> Tensor:
-    """A photo (height, width, 3) as it is inside its mask, and dark outside, to be shown to a user."""
+    """A photo (height, width, 1, 3 or 4), dark outside its mask of any size, to be shown: (height, width, 3)."""
+    image = image[..., :3].expand(-1, -1, 3)
     if mask is None:
         return image
-    return image * (0.2 + 0.8 * mask.clamp(0, 1).unsqueeze(-1))
+    if mask.shape != image.shape[:2]:
+        mask = interpolate(mask[None, None].float(), image.shape[:2], mode="bilinear", antialias=True)[0, 0]
+    return image * (0.2 + 0.8 * mask.clamp(0, 1).unsqueeze(-1).to(image))
 
 
 def notes_on(found: Sequence[Tensor | None], looked_at: Sequence[int], seen: str, unseen: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A training that a person can watch, stop, go on with, and leave alone: it keeps its best step.
 
 Every so many steps a checkpoint is taken: the concept as it is then, its score, and the state of the training in a file
-from which it goes on exactly. ``Session`` knows no user interface: it tells its listeners, which may raise to stop it.
+from which it goes on exactly. ``Run`` knows no user interface: it tells its listeners, which may raise to stop it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Listener(Protocol):
     def __call__(self, update: Update, /) -> None: ...
 
 
-class Session:
+class Run:
     """Runs a trainer up to its number of steps, inside ``host.training()``.
 
     A checkpoint is taken ``every`` so many steps and at the last; the best is returned. With a ``scorer`` the best is

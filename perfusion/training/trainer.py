@@ -22,11 +22,12 @@ from ..corpus import captions_naming, captions_renaming, paper_templates
 from ..edit import Directions, Gate, KeyValueEdit
 from ..hosts.base import Encodings, Host, TextHost, Word
 from ..statistics import Metric, TextStatistics, directions, word_encodings
+from .captions import PhotoCaptions, captions_by_photo, with_placeholder
 from .config import TrainingConfig
 from .dataset import Photos
 
 if TYPE_CHECKING:
-    from .session import Outcome
+    from .run import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +66,34 @@ class Callback(Protocol):
 class Subject:
     """What is learned: the word that will stand for it, what kind of thing it is, and the captions to train with.
 
-    ``captions`` contain ``{}`` where the word goes, or the placeholder itself.
+    ``captions`` have ``{}`` or the placeholder where the word goes; into others it is put by the rule of
+    ``training.captions``. ``of_photo`` has captions of its own for each photo, one a line; an empty text leaves a photo
+    with the general ones.
     """
 
     placeholder: str
     super_category: str
     captions: Sequence[str] = field(default_factory=paper_templates)
+    of_photo: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
 
     def prompts(self) -> list[str]:
-        """The captions with the placeholder in place. Raises TrainingError for one that has no place for it."""
-        prompts = [caption.replace("{}", self.placeholder) for caption in self.captions]
-        for prompt in prompts:
-            if self.placeholder not in prompt.lower():
-                raise TrainingError(f"the caption {prompt!r} does not contain {self.placeholder}: say where it stands")
+        """The general captions with the placeholder in place. Raises TrainingError where there are none."""
+        prompts = [with_placeholder(caption, self.placeholder, self.super_category) for caption in self.captions]
         if not prompts:
             raise TrainingError("no captions to train with")
         return prompts
+
+    def captions_of(self, photos: Photos) -> PhotoCaptions:
+        """The prompts to train these photos with. Raises TrainingError where captions are not one text for each."""
+        given = len(self.of_photo) if self.of_photo else max(photos.kept) + 1
+        try:
+            every = captions_by_photo(self.of_photo, given, self.placeholder, self.super_category, self.prompts())
+            return every.select(photos.kept)
+        except (ValueError, IndexError) as error:
+            raise TrainingError(str(error)) from error
 
 
 class Trainer:
@@ -105,7 +115,7 @@ class Trainer:
         self.losses: list[float] = []
         self.gates: list[float] = []
         self.generator = torch.Generator().manual_seed(config.seed)
-        self._prompts = subject.prompts()
+        self.captions = subject.captions_of(photos)
         self._sigmas = host.noise_levels().cpu()
         self._start()
         self._optimizer = torch.optim.Adam(self._parameter_groups(), betas=(0.9, 0.999))
@@ -288,8 +298,8 @@ class Trainer:
 
     def _require_words_in_reach(self) -> None:
         """Raise TrainingError for a caption whose word the encoder would not see, before anything is learned."""
-        for start in range(0, len(self._prompts), _CAPTIONS_AT_ONCE):
-            prompts = self._prompts[start : start + _CAPTIONS_AT_ONCE]
+        for start in range(0, len(self.captions.prompts), _CAPTIONS_AT_ONCE):
+            prompts = self.captions.prompts[start : start + _CAPTIONS_AT_ONCE]
             with torch.no_grad():
                 inside = self.host.encode(prompts, self.word).word.any(dim=1)
             for prompt, found in zip(prompts, inside, strict=True):
@@ -375,10 +385,8 @@ class Trainer:
     def _draw(self, count: int, generator: torch.Generator) -> _Batch:
         photo = self.photos.draw(count, generator)
 
-        def below(limit: int) -> Tensor:
-            return torch.randint(limit, (count,), generator=generator)
-
-        prompt, level = below(len(self._prompts)), below(len(self._sigmas))
+        prompt = self.captions.draw(photo, generator)
+        level = torch.randint(len(self._sigmas), (count,), generator=generator)
         flipped = (torch.rand(count, generator=generator) < 0.5) & self.config.flip
         noise = torch.randn((count, *self.photos.shape(photo)), generator=generator)
         return _Batch(photo, flipped, prompt, level, noise)
@@ -391,7 +399,7 @@ class Trainer:
         """Mask-weighted error of the network's prediction, mean over the batch, and the encodings it was made with."""
         device = self.host.device
         chosen, index = torch.unique(batch.prompt, return_inverse=True)
-        encoded = self.host.encode([self._prompts[k] for k in chosen], word)
+        encoded = self.host.encode([self.captions.prompts[k] for k in chosen], word)
         text = encoded.select(index.to(encoded.context.device))
         x0, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
         noise, sigma = batch.noise.to(device), self._sigmas[batch.level].to(device)

@@ -70,27 +70,31 @@ def listening(server: ComfyServer) -> Iterator[list[dict]]:
     """What the server tells a front end while the block runs: a list that grows."""
     heard: list[dict] = []
     ready = threading.Event()
-    loop = asyncio.new_event_loop()
+    stop: list[Callable[[], object]] = []
+
+    async def read(socket: aiohttp.ClientWebSocketResponse) -> None:
+        async for message in socket:
+            if message.type == aiohttp.WSMsgType.TEXT:
+                heard.append(json.loads(message.data))
 
     async def listen() -> None:
         url = f"{server.url.replace('http', 'ws')}/ws?clientId={server.client_id}"
-        async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        async with aiohttp.ClientSession() as client, client.ws_connect(url, max_msg_size=0) as socket:
+            reading = asyncio.create_task(read(socket))
+            stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
             ready.set()
-            async for message in socket:
-                if message.type == aiohttp.WSMsgType.TEXT:
-                    heard.append(json.loads(message.data))
+            await stopped.wait()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
-    def run() -> None:
-        with contextlib.suppress(asyncio.CancelledError, aiohttp.ClientError):
-            loop.run_until_complete(listen())
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(listen()), daemon=True)
     thread.start()
     assert ready.wait(30)
     try:
         yield heard
     finally:
-        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+        stop[0]()
         thread.join(30)
 
 
@@ -159,9 +163,8 @@ def test_canceled_it_is_kept_and_goes_on_as_if_it_had_not_been(whole: tuple[Comf
     assert len(kept) == 2, "that of the first training was not touched"
     name = kept[1].stem
 
-    run = server.queue(
-        {**prompt, "train": node("PerfusionTrainConcept", **{**prompt["train"]["inputs"], "resume": name})}
-    )
+    prompt["train"]["inputs"]["resume"] = name
+    run = server.queue(prompt)
     assert f"Went on from step {stopped}" in str(run["outputs"]["report"])
     assert load(server.base / "output" / "perfusion" / run["outputs"]["save"]["text"][0]).digest == digest
 

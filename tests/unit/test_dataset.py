@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perfusion.training.dataset import Photos, prepare
+from perfusion.training.dataset import Photos, bucket_sizes, nearest_size, prepare
 from tests.unit.fake_host import FakeHost
 
 
@@ -37,7 +37,9 @@ def box(height: int, width: int, top: int, bottom: int, left: int, right: int) -
     return mask
 
 
-def prepared(images: Sequence[Tensor], masks: Sequence[Tensor] | None = None, size: int = 64) -> tuple[Photos, Seeing]:
+def prepared(
+    images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, size: int = 64
+) -> tuple[Photos, Seeing]:
     host = Seeing()
     return prepare(host, images, masks, size), host
 
@@ -68,7 +70,7 @@ def test_mirrored_is_the_flip() -> None:
 
 def test_pictures_stay_between_black_and_white() -> None:
     """Bicubic resizing overshoots at edges."""
-    _, host = prepared([(photo(200, 200) > 0.5).float(), torch.full((8, 8, 3), 1.02)])
+    _, host = prepared([(photo(200, 200) > 0.5).float(), 1.0 + 0.02 * photo(8, 8)])
     for seen in host.seen:
         assert seen.shape == (1, 64, 64, 3)
         assert 0 <= seen.min() <= seen.max() <= 1
@@ -187,6 +189,141 @@ def test_masks_of_other_sizes_and_strengths_are_scaled() -> None:
     faint = box(128, 128, 0, 64, 0, 128) * 0.25
     assert torch.allclose(prepared([image], [faint])[0].weights, expected, atol=0.2)
     assert torch.equal(expected, torch.cat([torch.full((1, 1, 4, 8), 2.0), torch.zeros(1, 1, 4, 8)], dim=2))
+
+
+def test_a_photo_without_a_mask_among_others_with() -> None:
+    transparent = torch.cat([photo(64, 64), box(64, 64, 0, 64, 0, 32).unsqueeze(-1)], dim=-1)
+    photos, _ = prepared([photo(64, 64), transparent, photo(64, 64)], [box(64, 64, 0, 32, 0, 64), None, None])
+    assert [float(weights.max()) for weights in photos.weights] == [2.0, 2.0, 1.0]
+    assert not photos.weights[1, 0, :, 4:].any()
+
+
+# --- buckets
+
+
+@given(st.sampled_from([256, 512, 768, 1024]), st.floats(0.4, 2.5), st.integers(200, 3000))
+def test_buckets_have_the_shape_of_the_photo_and_about_its_pixels(resolution: int, aspect: float, height: int) -> None:
+    sizes = bucket_sizes(resolution, 64)
+    size = nearest_size(height, max(1, round(height * aspect)), sizes)
+    assert all(side % 64 == 0 for side in size)
+    assert 0.75 * resolution**2 <= size[0] * size[1] <= resolution**2
+    assert max(size) <= 2 * min(size)
+    if resolution >= 512 and 0.5 <= aspect <= 2:
+        kept = min(size[1] / size[0] / aspect, aspect * size[0] / size[1])
+        assert kept > 0.88, "of the photo, in the direction in which it is cropped"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (500, 500, (512, 512)),
+        (400, 600, (384, 576)),
+        (600, 400, (576, 384)),
+        (300, 400, (448, 576)),
+        (100, 900, (320, 640)),
+        (520, 500, (512, 512)),
+    ],
+)
+def test_common_shapes(height: int, width: int, expected: tuple[int, int]) -> None:
+    assert nearest_size(height, width, bucket_sizes(512, 64)) == expected
+
+
+def test_small_latents_have_finer_buckets() -> None:
+    """A latent of a quarter of the picture's size, as the miniature's, has other multiples."""
+    assert bucket_sizes(64, 32) == [(64, 64)]
+    assert bucket_sizes(96, 32) == [(96, 96), (64, 128), (128, 64)]
+
+
+SHAPES = [(80, 80), (64, 128), (160, 80), (90, 90), (130, 260), (100, 100)]  # 3 square, 2 wide, 1 tall
+
+
+def bucketed(masks: Sequence[Tensor] | None = None) -> tuple[Photos, Seeing]:
+    host = Seeing()
+    images = [photo(*shape, seed=k) for k, shape in enumerate(SHAPES)]
+    return prepare(host, images, masks, 256, buckets=True), host
+
+
+def test_photos_of_one_shape_lie_in_one_bucket() -> None:
+    photos, _ = bucketed()
+    assert [bucket.photos.tolist() for bucket in photos.buckets] == [[0, 3, 5], [1, 4], [2]]
+    assert [tuple(bucket.latents.shape) for bucket in photos.buckets] == [
+        (3, 4, 32, 32),
+        (2, 4, 24, 40),
+        (1, 4, 40, 24),
+    ]
+    for bucket in photos.buckets:
+        assert torch.allclose(bucket.mirrored, bucket.latents.flip(-1), atol=1e-5)
+        assert torch.allclose(bucket.weights, torch.ones_like(bucket.weights))
+    assert len(photos) == 6
+    with pytest.raises(ValueError, match="bucket by bucket"):
+        _ = photos.latents
+
+
+def test_a_batch_is_of_one_bucket_and_each_photo_as_likely() -> None:
+    photos, _ = bucketed()
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(6)
+    for _ in range(1500):
+        batch = photos.draw(4, generator)
+        assert sum(bool(torch.isin(batch, bucket.photos).all()) for bucket in photos.buckets) == 1
+        counts += torch.bincount(batch, minlength=6)
+    assert torch.allclose(counts / counts.sum(), torch.full((6,), 1 / 6), atol=0.02)
+
+
+def test_picking_from_a_bucket() -> None:
+    photos, _ = bucketed()
+    index, flipped = torch.tensor([4, 1, 4]), torch.tensor([False, True, True])
+    latents, weights = photos.pick(index, flipped)
+    wide = photos.buckets[1]
+    assert photos.shape(index) == (4, 24, 40)
+    assert torch.equal(latents, torch.stack([wide.latents[1], wide.mirrored[0], wide.mirrored[1]]))
+    assert weights.shape == (3, 1, 24, 40)
+    for mixed in ([0, 1], [1, 0], [0, 2], [0, 6]):
+        with pytest.raises(ValueError, match="one bucket"):
+            photos.pick(torch.tensor(mixed), torch.tensor([False, False]))
+
+
+def test_in_buckets_too_the_crop_is_centered_on_the_mask() -> None:
+    mask = box(90, 400, 30, 60, 300, 330)
+    host = Seeing()
+    prepare(host, [mask.unsqueeze(-1).expand(-1, -1, 3)], [mask], 256, buckets=True)
+    seen = host.seen[1][0, ..., 0]  # the first is a probe of the scale
+    assert seen.shape == (192, 320)
+    columns = seen.sum(0)
+    assert float((columns * torch.arange(320)).sum() / columns.sum()) == pytest.approx(159.5, abs=1.5)
+
+
+def test_one_bucket_draws_what_was_always_drawn() -> None:
+    photos, _ = prepared([photo(seed=k) for k in range(5)])
+    drawn = photos.draw(7, torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, torch.randint(5, (7,), generator=torch.Generator().manual_seed(3)))
+    assert photos.shape(drawn) == (4, 8, 8)
+
+
+# --- photos of one color
+
+
+def test_a_photo_of_one_color_is_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[tuple[int, int]] = []
+    plain = torch.tensor([0.2, 0.5, 0.9]).expand(60, 60, 3)
+    noisy = plain + 2 / 255 * torch.rand(60, 60, 1, generator=torch.Generator().manual_seed(0))
+    images = [photo(), plain, photo(seed=1), noisy]
+    photos = prepare(FakeHost(), images, None, 64, lambda *progress: done.append(progress))
+    assert photos.kept == (0, 2)
+    assert len(photos) == len(photos.latents) == 2
+    assert [note.split(",")[0] for note in photos.notes] == [f"photo {n} is of one color" for n in (2, 4)]
+    assert [record.getMessage() for record in caplog.records] == list(photos.notes)
+    assert torch.equal(photos.latents, prepared([photo(), photo(seed=1)])[0].latents)
+    assert done[-1] == (4, 4)
+
+
+def test_photos_of_one_color_alone_are_refused() -> None:
+    with pytest.raises(ValueError, match="of one color each"):
+        prepare(FakeHost(), [torch.full((60, 60, 3), 0.5)], None, 64)
+
+
+def test_one_photo_is_enough() -> None:
+    photos, _ = prepared([photo()])
+    assert len(photos) == 1 and photos.kept == (0,) and photos.notes == ()
 
 
 # --- refusals

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perfusion.concept import Concept, load
-from perfusion.training import session as session_module
+from perfusion.training import run as run_module
 from perfusion.training import trainer as trainer_module
 from perfusion.training.checkpoint import ResumeError
+from perfusion.training.run import Checkpoint, Outcome, Run, Update
 from perfusion.training.scoring import LossGateScorer, Score
-from perfusion.training.session import Checkpoint, Outcome, Session, Update
 from perfusion.training.trainer import Trainer, TrainingError
 from tests.unit.fake_host import FakeHost
 from tests.unit.small_training import a_trainer
@@ -105,7 +105,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 def test_a_checkpoint_every_so_many_steps_and_at_the_last(state: Path) -> None:
     trainer = a_trainer(steps=11)
-    outcome = Session(trainer, state=state, every=4).run()
+    outcome = Run(trainer, state=state, every=4).run()
     assert [each.step for each in outcome.checkpoints] == [4, 8, 11]
     assert all(each.score is None for each in outcome.checkpoints)
     assert outcome.best_step == 11
@@ -121,7 +121,7 @@ def test_a_checkpoint_every_so_many_steps_and_at_the_last(state: Path) -> None:
 
 
 def test_the_best_step_is_the_one_that_comes_back(tmp_path: Path) -> None:
-    outcome = Session(a_trainer(steps=20), scorer=Listed({5: 0.4, 10: 0.7, 15: 0.7, 20: 0.6}), every=5).run()
+    outcome = Run(a_trainer(steps=20), scorer=Listed({5: 0.4, 10: 0.7, 15: 0.7, 20: 0.6}), every=5).run()
     assert outcome.best_step == 10, "of equal ones the earliest"
     concept = outcome.concept
     assert concept.digest == a_trainer(steps=10).run().digest == outcome.checkpoints[1].concept.digest
@@ -152,7 +152,7 @@ def test_it_stops_when_the_score_is_clearly_past_its_peak(
 ) -> None:
     """Clearly: by more than 2 %, or half of a weak score, ``patience`` times in a row."""
     scorer = Listed(lambda step: float(values[step - 1]), weak=weak)
-    outcome = Session(a_trainer(steps=6), scorer=scorer, every=1, patience=patience).run()
+    outcome = Run(a_trainer(steps=6), scorer=scorer, every=1, patience=patience).run()
     assert len(outcome.losses) == steps
     assert outcome.stopped_early is (steps < 6)
     assert outcome.best_step == 1 + max(range(steps), key=lambda k: (values[k], -k))
@@ -161,7 +161,7 @@ def test_it_stops_when_the_score_is_clearly_past_its_peak(
 def test_listeners_are_told_everything() -> None:
     updates: list[Update] = []
     trainer = a_trainer(steps=7)
-    Session(trainer, scorer=Listed({3: 0.5, 6: 0.4, 7: 0.3}), every=3, listeners=[updates.append]).run()
+    Run(trainer, scorer=Listed({3: 0.5, 6: 0.4, 7: 0.3}), every=3, listeners=[updates.append]).run()
     assert [update.step for update in updates] == list(range(1, 8))
     assert all(update.steps == 7 and update.warning is None for update in updates)
     assert [update.loss for update in updates] == trainer.losses
@@ -191,14 +191,14 @@ def test_time_left_counts_steps_and_judging() -> None:
     trainer.step = lambda: (pass_by(2), done())[1]
     left: list[float] = []
     listeners = [lambda update: left.append(update.seconds_left), lambda update: pass_by(0)]
-    Session(trainer, scorer=Listed(judge), every=4, listeners=listeners, clock=clock).run()
+    Run(trainer, scorer=Listed(judge), every=4, listeners=listeners, clock=clock).run()
     # Of checkpoints at 4, 8 and 10, how long they take is known once there was one.
     assert left == [18, 16, 14, 12 + 20, 10 + 20, 8 + 20, 6 + 20, 4 + 10, 2 + 10, 0]
 
 
 def test_judging_changes_nothing_that_is_learned() -> None:
-    plain = Session(a_trainer(steps=9), every=2).run()
-    judged = Session(a_trainer(steps=9), scorer=LossGateScorer(PROMPTS, samples=4), every=3, patience=0).run()
+    plain = Run(a_trainer(steps=9), every=2).run()
+    judged = Run(a_trainer(steps=9), scorer=LossGateScorer(PROMPTS, samples=4), every=3, patience=0).run()
     assert plain.losses == judged.losses
     assert plain.checkpoints[-1].concept.digest == judged.checkpoints[-1].concept.digest
 
@@ -206,7 +206,7 @@ def test_judging_changes_nothing_that_is_learned() -> None:
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"patience": -1}, {"patience": 51}])
 def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="every is .* patience is"):
-        Session(a_trainer(), **wrong)
+        Run(a_trainer(), **wrong)
 
 
 # --- stopped, and gone on with
@@ -222,27 +222,27 @@ def test_a_training_that_was_stopped_ends_as_if_it_never_was(estimator: str, sto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "REFRESH", 3)
 
-        def session(*listeners: Callable[[Update], None]) -> Session:
+        def run(*listeners: Callable[[Update], None]) -> Run:
             trainer = a_trainer(steps=12, estimator=estimator, vectors=2)
-            return Session(trainer, scorer=Listed(values), state=path, every=4, listeners=listeners)
+            return Run(trainer, scorer=Listed(values), state=path, every=4, listeners=listeners)
 
         for step in sorted(stops):
             with pytest.raises(Stop) as stopped:
-                session(stop_at(step)).run()
+                run(stop_at(step)).run()
             (note,) = notes(stopped.value)
             assert f"saved at step {step} in {path}" in note
-        outcome = session().run()
+        outcome = run().run()
         assert outcome.resumed_from == max(stops)
-        whole = Session(a_trainer(steps=12, estimator=estimator, vectors=2), scorer=Listed(values), every=4).run()
+        whole = Run(a_trainer(steps=12, estimator=estimator, vectors=2), scorer=Listed(values), every=4).run()
     assert same(outcome, whole)
 
 
 def test_without_a_state_it_stops_and_says_nothing() -> None:
-    session = Session(a_trainer(), every=2, listeners=[stop_at(3)])
+    run = Run(a_trainer(), every=2, listeners=[stop_at(3)])
     with pytest.raises(Stop) as stopped:
-        session.run()
+        run.run()
     assert not notes(stopped.value)
-    assert session.best is not None and session.best.step == 2, "what there is can be had"
+    assert run.best is not None and run.best.step == 2, "what there is can be had"
 
 
 def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(state: Path) -> None:
@@ -257,11 +257,11 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(state: Path)
 
     host.denoise = interrupted
     with pytest.raises(KeyboardInterrupt) as stopped:
-        Session(trainer, state=state, every=4).run()
+        Run(trainer, state=state, every=4).run()
     assert "saved at step 5" in notes(stopped.value)[0]
-    outcome = Session(a_trainer(steps=8), state=state, every=4).run()
+    outcome = Run(a_trainer(steps=8), state=state, every=4).run()
     assert outcome.resumed_from == 5
-    assert same(outcome, Session(a_trainer(steps=8), every=4).run())
+    assert same(outcome, Run(a_trainer(steps=8), every=4).run())
 
 
 def test_a_process_that_was_killed_goes_on_from_the_last_checkpoint(state: Path) -> None:
@@ -273,9 +273,9 @@ def test_a_process_that_was_killed_goes_on_from_the_last_checkpoint(state: Path)
         if update.step == 6:
             kept = state.read_bytes()
 
-    whole = Session(a_trainer(steps=8), state=state, every=4, listeners=[keep]).run()
+    whole = Run(a_trainer(steps=8), state=state, every=4, listeners=[keep]).run()
     state.write_bytes(kept)
-    outcome = Session(a_trainer(steps=8), state=state, every=4).run()
+    outcome = Run(a_trainer(steps=8), state=state, every=4).run()
     assert outcome.resumed_from == 4
     assert same(outcome, whole)
 
@@ -285,20 +285,20 @@ def test_stopped_while_it_is_judged_a_checkpoint_is_made_up_for(state: Path) -> 
         raise Stop
 
     with pytest.raises(Stop) as stopped:
-        Session(a_trainer(steps=6), scorer=Listed(stop), state=state, every=3).run()
+        Run(a_trainer(steps=6), scorer=Listed(stop), state=state, every=3).run()
     assert "saved at step 3" in notes(stopped.value)[0]
-    outcome = Session(a_trainer(steps=6), scorer=Listed(rising), state=state, every=3).run()
+    outcome = Run(a_trainer(steps=6), scorer=Listed(rising), state=state, every=3).run()
     assert [each.step for each in outcome.checkpoints] == [3, 6]
-    assert same(outcome, Session(a_trainer(steps=6), scorer=Listed(rising), every=3).run())
+    assert same(outcome, Run(a_trainer(steps=6), scorer=Listed(rising), every=3).run())
 
 
 def test_a_finished_training_is_not_done_again(state: Path) -> None:
     host = FakeHost()
     values = {3: 0.7, 6: 0.5}
-    first = Session(a_trainer(steps=6), scorer=Listed(values), state=state, every=3).run()
+    first = Run(a_trainer(steps=6), scorer=Listed(values), state=state, every=3).run()
     trainer, scorer = a_trainer(host=host, steps=6), Listed(values)
     calls = host.calls
-    again = Session(trainer, scorer=scorer, state=state, every=3).run()
+    again = Run(trainer, scorer=scorer, state=state, every=3).run()
     assert (host.calls, scorer.judged) == (calls, [])
     assert again.resumed_from == 6
     assert same(again, first)
@@ -306,40 +306,40 @@ def test_a_finished_training_is_not_done_again(state: Path) -> None:
 
 
 def test_more_steps_go_on_where_it_ended(state: Path) -> None:
-    Session(a_trainer(steps=6), scorer=Listed(rising), state=state, every=3).run()
-    more = Session(a_trainer(steps=9), scorer=Listed(rising), state=state, every=3).run()
-    assert same(more, Session(a_trainer(steps=9), scorer=Listed(rising), every=3).run())
+    Run(a_trainer(steps=6), scorer=Listed(rising), state=state, every=3).run()
+    more = Run(a_trainer(steps=9), scorer=Listed(rising), state=state, every=3).run()
+    assert same(more, Run(a_trainer(steps=9), scorer=Listed(rising), every=3).run())
     assert [each.concept.training["steps"] for each in more.checkpoints] == [6, 6, 9]
     with pytest.raises(ResumeError, match="9 steps already, and steps is 8"):
-        Session(a_trainer(steps=8), state=state, every=3).run()
+        Run(a_trainer(steps=8), state=state, every=3).run()
 
 
 def test_a_training_that_stopped_early_stays_so(state: Path) -> None:
     values = {1: 0.9, 2: 0.1, 3: 0.1}
-    first = Session(a_trainer(steps=9), scorer=Listed(values), state=state, every=1, patience=2).run()
-    again = Session(a_trainer(steps=9), scorer=Listed(values), state=state, every=1, patience=2).run()
+    first = Run(a_trainer(steps=9), scorer=Listed(values), state=state, every=1, patience=2).run()
+    again = Run(a_trainer(steps=9), scorer=Listed(values), state=state, every=1, patience=2).run()
     assert first.stopped_early and same(again, first)
-    on = Session(a_trainer(steps=9), scorer=Listed(lambda step: 0.2), state=state, every=1, patience=0).run()
+    on = Run(a_trainer(steps=9), scorer=Listed(lambda step: 0.2), state=state, every=1, patience=0).run()
     assert not on.stopped_early and on.best_step == 1
 
 
 def test_scores_of_another_scorer_are_made_anew(state: Path) -> None:
     with pytest.raises(Stop):
-        Session(a_trainer(steps=6), scorer=Listed(rising), state=state, every=2, listeners=[stop_at(5)]).run()
+        Run(a_trainer(steps=6), scorer=Listed(rising), state=state, every=2, listeners=[stop_at(5)]).run()
     other = Listed(lambda step: -float(step), "another")
-    outcome = Session(a_trainer(steps=6), scorer=other, state=state, every=2).run()
+    outcome = Run(a_trainer(steps=6), scorer=other, state=state, every=2).run()
     assert other.judged == [2, 4, 6]
     assert outcome.best_step == 2
-    unjudged = Session(a_trainer(steps=8), state=state, every=2).run()
+    unjudged = Run(a_trainer(steps=8), state=state, every=2).run()
     assert all(each.score is None for each in unjudged.checkpoints)
     assert unjudged.best_step == 8
 
 
 def test_another_training_is_refused_and_its_file_stays(state: Path) -> None:
-    Session(a_trainer(steps=2), state=state).run()
+    Run(a_trainer(steps=2), state=state).run()
     before = state.read_bytes()
     with pytest.raises(ResumeError, match="learned with value_rate 0.1, now 0.2"):
-        Session(a_trainer(steps=4, value_rate=0.2), state=state).run()
+        Run(a_trainer(steps=4, value_rate=0.2), state=state).run()
     assert state.read_bytes() == before
 
 
@@ -359,23 +359,23 @@ def test_another_training_is_refused_and_its_file_stays(state: Path) -> None:
 def test_checkpoints_that_cannot_be_read_are_refused(state: Path, change: dict[str, Any]) -> None:
     from perfusion.training.checkpoint import restore, save
 
-    Session(a_trainer(steps=2), state=state).run()
+    Run(a_trainer(steps=2), state=state).run()
     trainer = a_trainer(steps=2)
     extra = restore(state, trainer)
     save(state, trainer, extra | change)
     with pytest.raises(ResumeError, match=r"checkpoints in teddy\.state\.safetensors cannot be read"):
-        Session(a_trainer(steps=4), state=state).run()
+        Run(a_trainer(steps=4), state=state).run()
 
 
 def test_of_very_many_checkpoints_some_make_way(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "KEPT", 6)
+    monkeypatch.setattr(run_module, "KEPT", 6)
     scorer = Listed(lambda step: 1.0 if step == 7 else 0.99)
-    outcome = Session(a_trainer(steps=20), scorer=scorer, state=state, every=1, patience=3).run()
+    outcome = Run(a_trainer(steps=20), scorer=scorer, state=state, every=1, patience=3).run()
     steps = [each.step for each in outcome.checkpoints]
     assert len(steps) == 6
     assert steps[0] == 1 and 7 in steps and steps[-3:] == [18, 19, 20]
     assert outcome.best_step == 7
-    again = Session(a_trainer(steps=20), scorer=scorer, state=state, every=1, patience=3).run()
+    again = Run(a_trainer(steps=20), scorer=scorer, state=state, every=1, patience=3).run()
     assert same(again, outcome)
 
 
@@ -393,20 +393,20 @@ def test_a_full_disk_stops_nothing(
 
     full_disk(True)
     with caplog.at_level(logging.WARNING):
-        outcome = Session(a_trainer(steps=8), state=state, every=2, listeners=[listen]).run()
+        outcome = Run(a_trainer(steps=8), state=state, every=2, listeners=[listen]).run()
     assert outcome.best_step == 8
     warnings = {update.step: update.warning for update in updates if update.warning}
     assert list(warnings) == [2, 4, 6]
     assert "step 2 could not be saved (No space left on device)" in str(warnings[2])
     assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
     assert list(state.parent.iterdir()) == [state]
-    assert Session(a_trainer(steps=8), state=state, every=2).run().resumed_from == 8
+    assert Run(a_trainer(steps=8), state=state, every=2).run().resumed_from == 8
 
 
 def test_a_full_disk_does_not_hide_that_the_user_stopped_it(state: Path, full_disk: Callable[[bool], None]) -> None:
     full_disk(True)
     with pytest.raises(Stop) as stopped:
-        Session(a_trainer(steps=8), state=state, listeners=[stop_at(3)]).run()
+        Run(a_trainer(steps=8), state=state, listeners=[stop_at(3)]).run()
     (note,) = notes(stopped.value)
     assert "step 3 could not be saved" in note and "No space left" in note
 
@@ -417,24 +417,22 @@ def test_a_loss_that_is_no_number_keeps_the_best_step(state: Path) -> None:
     def poison(update: Update) -> None:
         host.poison = update.step == 5
 
-    session = Session(
-        a_trainer(host=host, steps=9), scorer=Listed({2: 0.9, 4: 0.5}), state=state, every=2, listeners=[poison]
-    )
+    run = Run(a_trainer(host=host, steps=9), scorer=Listed({2: 0.9, 4: 0.5}), state=state, every=2, listeners=[poison])
     with pytest.raises(TrainingError, match=r"loss of step 6 .* Lower value_rate .* step 2 is kept") as failed:
-        session.run()
+        run.run()
     outcome = failed.value.outcome
     assert outcome is not None
     assert (outcome.best_step, len(outcome.checkpoints), len(outcome.losses)) == (2, 2, 5)
     assert outcome.concept.digest == a_trainer(steps=2).run().digest
-    assert Session(a_trainer(steps=9), scorer=Listed(rising), state=state, every=2).run().resumed_from == 4
+    assert Run(a_trainer(steps=9), scorer=Listed(rising), state=state, every=2).run().resumed_from == 4
 
 
 def test_nothing_to_keep_is_said_too() -> None:
     host = FakeHost()
     trainer = a_trainer(host=host)
-    session = Session(trainer, every=5, listeners=[lambda update: setattr(host, "poison", True)])
+    run = Run(trainer, every=5, listeners=[lambda update: setattr(host, "poison", True)])
     with pytest.raises(TrainingError, match="Nothing is kept") as failed:
-        session.run()
+        run.run()
     assert failed.value.outcome is None
 
 
@@ -450,24 +448,24 @@ def test_a_mean_loss_that_explodes_stops_it(losses: list[float], stops: int | No
         return report
 
     trainer._step = step
-    session = Session(trainer, every=10)
+    run = Run(trainer, every=10)
     if stops is None:
-        assert len(session.run().losses) == len(losses)
+        assert len(run.run().losses) == len(losses)
         return
     with pytest.raises(TrainingError, match=r"explodes: .* Lower value_rate \(now 0\) .* step 20 is kept") as failed:
-        session.run()
+        run.run()
     assert len(trainer.losses) == stops
     assert failed.value.outcome is not None and failed.value.outcome.best_step == 20
 
 
 def test_small_batches_vary_more_and_are_given_more_steps() -> None:
-    assert [Session(a_trainer(batch_size=size))._window for size in (1, 2, 8, 16, 256)] == [160, 80, 20, 20, 20]
+    assert [Run(a_trainer(batch_size=size))._window for size in (1, 2, 8, 16, 256)] == [160, 80, 20, 20, 20]
 
 
 def test_a_rate_far_too_high_explodes_and_keeps_the_last_good_step() -> None:
     trainer = a_trainer(steps=200, value_rate=10.0, embedding_rate=10.0)
     with pytest.raises(TrainingError, match=r"Lower value_rate \(now 10\) and embedding_rate \(now 10\)") as failed:
-        Session(trainer, every=5).run()
+        Run(trainer, every=5).run()
     outcome = failed.value.outcome
     assert outcome is not None
     before, then = outcome.concept.training["fixed_loss"]
@@ -482,12 +480,12 @@ def test_a_concept_that_no_file_can_hold_explodes_too() -> None:
             next(iter(trainer.o_star_v.values())).fill_(1e6 if update.step == 3 else 0.1)
 
     with pytest.raises(TrainingError, match=r"explodes: after step 4 .* step 2 is kept"):
-        Session(trainer, every=2, listeners=[overflow]).run()
+        Run(trainer, every=2, listeners=[overflow]).run()
 
 
 def test_a_rate_of_nothing_learns_nothing_and_ends_well() -> None:
     trainer = a_trainer(steps=8, value_rate=0.0, embedding_rate=0.0)
-    outcome = Session(trainer, scorer=LossGateScorer(PROMPTS, samples=4), every=2, patience=1).run()
+    outcome = Run(trainer, scorer=LossGateScorer(PROMPTS, samples=4), every=2, patience=1).run()
     assert not outcome.stopped_early
     assert outcome.best_step == 2
     assert len({each.loss for each in outcome.checkpoints}) == 1
@@ -514,7 +512,7 @@ def test_out_of_memory_nothing_is_lost_and_it_is_said_what_to_lower(state: Path,
 
     host.denoise = hungry
     with pytest.raises(TrainingError) as failed:
-        Session(trainer, state=state, every=2).run()
+        Run(trainer, state=state, every=2).run()
     told = str(failed.value)
     for part in (
         "memory ran out in the step after step 5.",
@@ -523,9 +521,9 @@ def test_out_of_memory_nothing_is_lost_and_it_is_said_what_to_lower(state: Path,
     ):
         assert part in told
     assert failed.value.outcome is not None and failed.value.outcome.best_step == 4
-    outcome = Session(a_trainer(steps=8, micro_batch=1), state=state, every=2).run()
+    outcome = Run(a_trainer(steps=8, micro_batch=1), state=state, every=2).run()
     assert outcome.resumed_from == 5
-    expected = Session(a_trainer(steps=8, micro_batch=2), every=2).run()
+    expected = Run(a_trainer(steps=8, micro_batch=2), every=2).run()
     assert outcome.losses == pytest.approx(expected.losses, rel=1e-3)
 
 
@@ -535,7 +533,7 @@ def test_out_of_memory_while_it_is_judged() -> None:
 
     told = r"while the concept was judged after step 2\. Leave out the encoders .*resolution \(now 64\)"
     with pytest.raises(TrainingError, match=told):
-        Session(a_trainer(), scorer=Listed(hungry), every=2).run()
+        Run(a_trainer(), scorer=Listed(hungry), every=2).run()
 
 
 def test_other_errors_are_what_they_were(state: Path) -> None:
@@ -543,5 +541,5 @@ def test_other_errors_are_what_they_were(state: Path) -> None:
         raise RuntimeError("the encoder is broken")
 
     with pytest.raises(RuntimeError, match="the encoder is broken") as failed:
-        Session(a_trainer(), scorer=Listed(broken), state=state, every=2).run()
+        Run(a_trainer(), scorer=Listed(broken), state=state, every=2).run()
     assert "saved at step 2" in notes(failed.value)[0]

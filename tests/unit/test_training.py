@@ -15,6 +15,7 @@ from perfusion.hosts.base import Encodings
 from perfusion.statistics import word_encodings
 from perfusion.training import trainer as trainer_module
 from perfusion.training.config import TrainingConfig
+from perfusion.training.dataset import prepare
 from perfusion.training.trainer import EMA, StepReport, Subject, Trainer, TrainingError, train
 from tests.unit.fake_host import FakeHost
 from tests.unit.small_training import BEAR, TWO_ENCODERS, a_trainer, other_photos, photos, settings, statistics
@@ -337,10 +338,41 @@ def test_captions_are_given_the_word() -> None:
     a_trainer(subject, steps=1).run()
 
 
+def test_a_caption_without_the_word_is_given_it() -> None:
+    subject = Subject("<it>", "bear", ["my bear on a hill", "on a hill"])
+    assert subject.prompts() == ["my <it> on a hill", "<it>, on a hill"]
+
+
+def test_each_photo_is_trained_with_its_own_captions() -> None:
+    subject = Subject("<bear>", "bear", ["a photo of a {}"], ["a bear in a boat", "", "a {} asleep\non a chair"])
+    trainer = a_trainer(subject, batch_size=64)
+    seen: dict[int, set[str]] = {0: set(), 1: set(), 2: set()}
+    batch = trainer._draw(64, trainer.generator)
+    for photo, prompt in zip(batch.photo.tolist(), batch.prompt.tolist(), strict=True):
+        seen[photo].add(trainer.captions.prompts[prompt])
+    assert seen == {
+        0: {"a <bear> in a boat"},
+        1: {"a photo of a <bear>"},
+        2: {"a <bear> asleep", "<bear>, on a chair"},
+    }
+    assert a_trainer(subject, steps=2).run().digest != a_trainer(steps=2).run().digest
+
+
+def test_photos_of_several_shapes_are_drawn_in_batches_of_one() -> None:
+    host, draw = FakeHost(), torch.Generator().manual_seed(1)
+    images = [torch.rand(64, width, 3, generator=draw) for width in (64, 128, 64, 32)]
+    pictures = prepare(host, images, None, 256, buckets=True)
+    shapes = {tuple(bucket.latents.shape[-2:]) for bucket in pictures.buckets}
+    assert len(shapes) == 3
+    trainer = a_trainer(host=host, pictures=pictures, steps=6)
+    drawn = {tuple(trainer._draw(4, trainer.generator).noise.shape[-2:]) for _ in range(40)}
+    assert drawn == shapes
+    trainer.run()
+
+
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        (["{} on a hill", "a bear on a hill"], "'a bear on a hill' does not contain <it>"),
         ([], "no captions"),
         (["very " * 60 + "large {}"], "too long"),
     ],

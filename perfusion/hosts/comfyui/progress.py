@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -20,7 +20,7 @@ from server import PromptServer
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ...training.session import Update
+    from ...training.run import Update
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,12 @@ def progress_on(node_id: str | None) -> Callable[[int, int], None]:
 class TrainingView:
     """Shows a training on its node, and tells front ends of it by ``perfusion.training`` events.
 
-    A listener of ``perfusion.training.session.Session``: it raises the host's own exception when the user cancels.
+    A listener of ``perfusion.training.run.Run``: it raises the host's own exception when the user cancels.
     Events hold ``node``, ``prompt_id``, ``step``, ``steps``, ``loss``, ``gate`` (0 to 1), ``seconds_left``,
     ``best_step``, ``score`` (of a step that was just scored: ``value``, ``image``, ``text``, ``weak``) and ``warning``;
-    an event of the same name with ``step`` and ``preview`` (a JPEG as data URI) follows where pictures were drawn, and
-    one with ``step`` and ``saved`` (the name of a concept file) where a training was stopped.
+    an event of the same name with ``step`` and ``preview`` (a JPEG as data URI) follows where pictures were drawn, one
+    with ``step`` 0 and ``masks`` (the same) where masks were made, and one with ``step`` and ``saved`` (the name of a
+    concept file) where a training was stopped.
     To be used as a context manager, which ends the thread that encodes them.
     """
 
@@ -61,7 +62,7 @@ class TrainingView:
         self._prompt = context.prompt_id if context else None
         self._bar: comfy.utils.ProgressBar | None = None
         self._sent = -math.inf
-        self._pictures: queue.Queue[tuple[int, Image.Image] | None] = queue.Queue(_WAITING)
+        self._pictures: queue.Queue[tuple[int, str, Image.Image] | None] = queue.Queue(_WAITING)
         self._encoder = threading.Thread(target=self._encode, name="perfusion previews", daemon=True)
 
     def __enter__(self) -> TrainingView:
@@ -74,19 +75,30 @@ class TrainingView:
 
     def __call__(self, update: Update) -> None:
         """Show an update."""
-        picture = None if update.pictures is None else sheet(update.pictures)
+        picture = None if update.pictures is None else sheet(list(update.pictures))
         if picture is not None:
-            try:
-                self._pictures.put_nowait((update.step, picture))
-            except queue.Full:
-                logger.debug("a preview was dropped: the ones before it are still being encoded")
+            self._hand_over(update.step, "preview", picture)
         if update.score is not None or update.warning or self._due() or update.step == update.steps:
             self._send(facts(update))
+        self._advance(update.step, update.steps, picture)
+
+    def show_masks(self, photos: Sequence[Tensor], steps: int) -> None:
+        """Show photos (height, width, 3) in 0..1, of any sizes, with what will be learned standing out."""
+        picture = sheet(photos)
+        self._hand_over(0, "masks", picture)
+        self._advance(0, steps, picture)
+
+    def _advance(self, step: int, steps: int, picture: Image.Image | None) -> None:
         if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(update.steps, node_id=self._node)
-        preview = None if picture is None else ("JPEG", picture, _SIDE)
-        self._bar.update_absolute(update.step, update.steps, preview)
+            self._bar = comfy.utils.ProgressBar(steps, node_id=self._node)
+        self._bar.update_absolute(step, steps, None if picture is None else ("JPEG", picture, _SIDE))
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def _hand_over(self, step: int, kind: str, picture: Image.Image) -> None:
+        try:
+            self._pictures.put_nowait((step, kind, picture))
+        except queue.Full:
+            logger.debug("a preview was dropped: the ones before it are still being encoded")
 
     def tell(self, **content: Any) -> None:
         """Send an event of its own, beside those that updates make."""
@@ -97,11 +109,11 @@ class TrainingView:
 
     def _encode(self) -> None:
         while (waiting := self._pictures.get()) is not None:
-            step, picture = waiting
+            step, kind, picture = waiting
             encoded = io.BytesIO()
             picture.save(encoded, "JPEG", quality=85)
             uri = "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
-            self._send({"step": step, "preview": uri})
+            self._send({"step": step, kind: uri})
 
     def _send(self, content: dict[str, Any]) -> None:
         self._sent = time.monotonic()
@@ -134,21 +146,25 @@ def facts(update: Update) -> dict[str, Any]:
     }
 
 
-def sheet(pictures: Tensor) -> Image.Image:
-    """Pictures (n, h, w, 3) in 0..1 side by side, as nearly square as they go, its longer side 768 pixels at most.
+def sheet(pictures: Sequence[Tensor]) -> Image.Image:
+    """Pictures (height, width, 3) in 0..1 side by side, as nearly square as they go, in one of 768 pixels at most.
 
-    Small pictures are enlarged without blurring.
+    Small ones are enlarged without blurring.
     """
-    count, height, width = pictures.shape[:3]
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
+    drawn = [Image.fromarray((p.clamp(0, 1) * 255).round().byte().cpu().contiguous().numpy()) for p in pictures]
+    columns = math.ceil(math.sqrt(len(drawn)))
+    rows = math.ceil(len(drawn) / columns)
+    side = _SIDE // max(columns, rows)
+    for number, picture in enumerate(drawn):
+        if max(picture.size) > side:
+            picture.thumbnail((side, side))
+        else:
+            factor = side // max(picture.size)
+            size = (picture.width * factor, picture.height * factor)
+            drawn[number] = picture.resize(size, Image.Resampling.NEAREST)
+    width, height = max(p.width for p in drawn), max(p.height for p in drawn)
     whole = Image.new("RGB", (columns * width, rows * height))
-    for number, picture in enumerate((pictures.clamp(0, 1) * 255).round().byte().cpu().contiguous().numpy()):
-        whole.paste(Image.fromarray(picture), (number % columns * width, number // columns * height))
-    longest = max(whole.size)
-    if longest > _SIDE:
-        whole.thumbnail((_SIDE, _SIDE))
-    elif longest * 2 <= _SIDE:
-        factor = _SIDE // longest
-        whole = whole.resize((whole.width * factor, whole.height * factor), Image.Resampling.NEAREST)
+    for number, picture in enumerate(drawn):
+        left, top = (width - picture.width) // 2, (height - picture.height) // 2
+        whole.paste(picture, (number % columns * width + left, number // columns * height + top))
     return whole
