@@ -6,10 +6,14 @@ import logging
 from typing import Any
 
 from comfy_api.latest import io, ui
+from torch import Tensor
 
+from ..perfusion.concept import read_header
 from ..perfusion.edit import Gate
 from ..perfusion.hosts.comfyui import library
 from ..perfusion.hosts.comfyui.combined import apply_concepts
+from ..perfusion.hosts.comfyui.thumbnails import thumbnail as make_thumbnail
+from ..perfusion.hosts.comfyui.workflow import metadata
 from ..perfusion.locking import LOCKS, Lock
 from ..perfusion.stack import ConceptStack, ConceptUse
 from .common import Concepts, naming, schema
@@ -44,6 +48,18 @@ class PerfusionSaveConcept(io.ComfyNode):
                     tooltip="File name, without folders. Left empty, the placeholder is used. A number is added where "
                     "the name is taken by another concept.",
                 ),
+                io.Image.Input(
+                    "thumbnail",
+                    optional=True,
+                    tooltip="A picture to be kept in the file, which the Model Library shows: its middle, small.",
+                ),
+                io.Boolean.Input(
+                    "workflow",
+                    default=True,
+                    optional=True,
+                    tooltip="Keep this workflow in the file: who drops the file on ComfyUI sees how it was trained. "
+                    "Off: nothing of it, such as prompts and names of files, goes along.",
+                ),
             ],
             outputs=[
                 Concepts.Output(display_name="concept", tooltip="The same concept, to go on with."),
@@ -52,22 +68,34 @@ class PerfusionSaveConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept: ConceptStack, name: str) -> io.NodeOutput:
+    def execute(
+        cls, concept: ConceptStack, name: str, thumbnail: Tensor | None = None, workflow: bool = True
+    ) -> io.NodeOutput:
         """Save each concept of the stack."""
         if not len(concept):
             raise ValueError("Save Concept: there is no concept on input 'concept'. Connect Train Concept.")
+        with naming("Save Concept", "thumbnail"):
+            shown = None if thumbnail is None else make_thumbnail(thumbnail)
         files = []
         for use in concept.uses:
+            saved = use.concept if shown is None else use.concept.with_thumbnail(shown)
+            extra = metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo, saved.header_room) if workflow else {}
             with naming("Save Concept", "name"):
-                word = use.concept.placeholder.strip("<>")
+                word = saved.placeholder.strip("<>")
                 stem = f"{name.strip()}-{word}" if name.strip() and len(concept) > 1 else name.strip() or word
                 try:
-                    path = use.concept.save_numbered(library.output_folder(), stem, library.searched_before_output())
+                    path = saved.save_numbered(library.output_folder(), stem, library.searched_before_output(), extra)
                 except OSError as error:
                     raise OSError(
                         f"the concept could not be saved: {error.strerror or error}. It is not lost: free some space "
                         "or choose another name and queue again, the training is not repeated."
                     ) from error
+            if shown is not None and read_header(path).get("__metadata__", {}).get("modelspec.thumbnail") != shown:
+                logger.warning(
+                    "Save Concept: %s holds this very concept already and was left as it is, without the new "
+                    "thumbnail. Give the file another name, or delete the old one, and queue again.",
+                    path.name,
+                )
             files.append(path.name)
         return io.NodeOutput(concept, "\n".join(files), ui=ui.PreviewText("\n".join(files)))
 

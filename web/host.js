@@ -50,3 +50,62 @@ export function fit(node) {
   node.setSize([node.size[0], node.computeSize()[1]]);
   node.graph?.setDirtyCanvas(true, true);
 }
+
+/** Sets a widget as its user would. */
+export function setValue(widget, value) {
+  widget.value = value;
+  widget.callback?.(value);
+}
+
+/** Calls `work(output)` with what each run of a node shows, from the cache too; once however often this is called. */
+export function onExecuted(node, work) {
+  if (!node.perfusionExecuted) {
+    const before = node.onExecuted;
+    node.onExecuted = function (output) {
+      before?.apply(this, arguments);
+      node.perfusionExecuted(output);
+    };
+  }
+  node.perfusionExecuted = work;
+}
+
+/** Puts an element at the end of a node, as high as `height()` says; nothing of it is saved. */
+export function addElement(node, name, element, height) {
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height };
+  const widget = node.addDOMWidget(name, name, element, options);
+  widget.serialize = false;
+  return widget;
+}
+
+/** Calls `work(prompt)` with each prompt, in API format, before it is sent or exported; its changes go along. */
+export function onPrompt(name, work) {
+  app.registerExtension({
+    name: `perfusion.${name}`,
+    setup() {
+      const before = app.graphToPrompt;
+      app.graphToPrompt = async function (...values) {
+        const result = await before.apply(this, values);
+        work(result.output);
+        return result;
+      };
+    },
+  });
+}
+
+/** The node of an id in a prompt, which is like 1:2:3 inside of subgraphs. */
+export function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node;
+  for (const step of String(id).split(":")) {
+    node = graph?.getNodeById(step) ?? graph?.getNodeById(Number(step));
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/** What can be chosen for an input of a kind of node; undefined where it is free. */
+export function choicesOf(kind, input) {
+  const inputs = globalThis.LiteGraph.registered_node_types[kind]?.nodeData?.input;
+  const [type, options] = inputs?.required?.[input] ?? inputs?.optional?.[input] ?? [];
+  return Array.isArray(type) ? type : options?.options;
+}

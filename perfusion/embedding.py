@@ -1,0 +1,116 @@
+"""Concepts as text, to travel inside a workflow: one line for each, made of its file and how it is applied.
+
+    perfusion-concept 1 <my-teddy> bias=0.6,temperature=0.15,strength=1.0,lock=local sha256:6d... 6Aw...
+
+The parts are a fixed word, the version of this form, the concept's word, its settings, the sha256 of all that stands
+before it and of the file, and the file in base64. Equal concepts with equal settings give equal text; a thumbnail
+stays out.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import replace
+from hashlib import sha256
+from typing import cast
+
+from .concept import Concept, from_bytes
+from .edit import Gate
+from .locking import LOCKS, Lock
+from .stack import MAX_CONCEPTS, ConceptStack, ConceptUse
+
+PREFIX = "perfusion-concept"
+VERSION = 1
+MAX_CHARACTERS = 4_000_000
+_NUMBERS = ("bias", "temperature", "strength")
+
+
+class EmbeddedConceptError(ValueError):
+    """Text that holds no usable concepts, or concepts that no text can hold; the message says what to do."""
+
+
+def to_text(stack: ConceptStack) -> str:
+    """The concepts of a stack as text, in order. Raises EmbeddedConceptError above ``MAX_CHARACTERS``."""
+    text = "\n".join(map(_line, stack.uses))
+    if len(text) > MAX_CHARACTERS:
+        raise EmbeddedConceptError(
+            f"these concepts make a text of {len(text):,} characters, and a workflow should not carry more than "
+            f"{MAX_CHARACTERS:,}. Embed fewer of them, and share the others as files."
+        )
+    return text
+
+
+def from_text(text: str) -> ConceptStack:
+    """The concepts of a text. Everything is checked before anything is used.
+
+    Raises EmbeddedConceptError, naming the line, for what is damaged, too large or of another version; ConceptFileError
+    for a concept that no version of the file would hold; StackError where two share a word.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise EmbeddedConceptError(
+            f"the text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read. Embed fewer concepts."
+        )
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    if len(lines) > MAX_CONCEPTS:
+        raise EmbeddedConceptError(
+            f"the text holds {len(lines)} concepts; at most {MAX_CONCEPTS} can be used at once. Embed fewer of them."
+        )
+    return ConceptStack(tuple(_use(line, number) for number, line in enumerate(lines, 1)))
+
+
+def _line(use: ConceptUse) -> str:
+    settings = {name: repr(float(getattr(use.gate, name))) for name in _NUMBERS} | {"lock": use.lock}
+    told = ",".join(f"{name}={value}" for name, value in settings.items())
+    file = replace(use.concept, thumbnail="").to_bytes()
+    head = f"{PREFIX} {VERSION} {use.concept.placeholder} {told}"
+    return f"{head} sha256:{_digest(head, file)} {base64.b64encode(file).decode()}"
+
+
+def _digest(head: str, file: bytes) -> str:
+    return sha256(f"{head}\n".encode() + file).hexdigest()
+
+
+def _use(line: str, number: int) -> ConceptUse:
+    parts = line.split()
+    if parts[0] != PREFIX:
+        raise EmbeddedConceptError(
+            f"line {number} is no embedded concept: it does not begin with {PREFIX!r}. Put the whole text there again, "
+            "or clear it and run with the concepts connected."
+        )
+    version = parts[1] if len(parts) > 1 else ""
+    if version != str(VERSION):
+        raise EmbeddedConceptError(
+            f"line {number} has format version {version[:20]!r}, and this ComfyUI-Perfusion reads {VERSION}. Update it."
+        )
+    damaged = EmbeddedConceptError(
+        f"line {number} is damaged: its content is not what its digest says. Open the original workflow again, or "
+        "clear the text and run with the concepts connected."
+    )
+    if len(parts) != 6:
+        raise damaged
+    head, digest, payload = " ".join(parts[:4]), parts[4], parts[5]
+    try:
+        file = base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise damaged from None
+    if digest != f"sha256:{_digest(head, file)}":
+        raise damaged
+    concept: Concept = from_bytes(file, f"the concept in line {number}")
+    if concept.placeholder != parts[2]:
+        raise damaged
+    gate, lock = _settings(parts[3], number)
+    return ConceptUse(concept, gate, lock)
+
+
+def _settings(text: str, number: int) -> tuple[Gate, Lock]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    given = {name: value for name, _, value in pairs}
+    if set(given) != {*_NUMBERS, "lock"} or given["lock"] not in LOCKS:
+        raise EmbeddedConceptError(
+            f"line {number} has settings that this version does not know ({text[:80]}). Update ComfyUI-Perfusion."
+        )
+    try:
+        return Gate(**{name: float(given[name]) for name in _NUMBERS}), cast(Lock, given["lock"])
+    except ValueError as error:
+        raise EmbeddedConceptError(f"line {number}: {error}") from None
