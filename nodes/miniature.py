@@ -42,7 +42,7 @@ class PerfusionMiniature(io.ComfyNode):
                 ),
                 io.Vae.Output(display_name="vae", tooltip="Between pictures and latents of a quarter of their size."),
                 io.ClipVision.Output(
-                    display_name="clip_vision",
+                    display_name="clip vision",
                     tooltip="The image tower that was trained together with the text encoder: it says how alike "
                     "pictures are, and how true to a prompt.",
                 ),

@@ -113,8 +113,19 @@ class Host(TextHost, Protocol):
         """sigma (t,) of each training timestep, ascending, float32."""
         ...
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
-        """x0 estimated from ``noisy`` = x0 + sigma * noise (b, c, h, w), sigma (b,), with keys and values edited."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Encodings,
+        edit: KeyValueEdit | None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """x0 estimated from ``noisy`` = x0 + sigma * noise (b, c, h, w), sigma (b,), with keys and values edited.
+
+        ``sizes`` (b, 2): height and width in pixels of what each latent shows, before it was resized, for families
+        whose network is told; without, the size that it has now.
+        """
         ...
 
     def project_values(self, vectors: Tensor) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ class Bucket:
     """Photos of one shape, plain and mirrored. ``photos`` (k,): their numbers among all, ascending.
 
     ``latents`` and ``mirrored`` (k, c, h, w); ``weights`` and ``mirrored_weights`` (k, 1, h, w): the loss weight of
-    each latent pixel, with mean 1 for each photo.
+    each latent pixel, with mean 1 for each photo. ``sizes`` (k, 2): height and width in pixels of what was cropped,
+    before it was resized.
     """
 
     photos: Tensor
@@ -44,6 +45,7 @@ class Bucket:
     mirrored: Tensor
     weights: Tensor
     mirrored_weights: Tensor
+    sizes: Tensor
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -106,6 +108,14 @@ class Photos:
         latents = torch.where(choose, bucket.mirrored[index], bucket.latents[index])
         return latents, torch.where(choose, bucket.mirrored_weights[index], bucket.weights[index])
 
+    def sizes(self, index: Tensor) -> Tensor:
+        """Height and width (b, 2) in pixels of photos ``index`` (b,) as they were cropped, before they were resized.
+
+        Raises ValueError for photos of different buckets.
+        """
+        bucket, places = self._place(index)
+        return bucket.sizes[places.cpu()]
+
     @property
     def _only(self) -> Bucket:
         if len(self.buckets) != 1:
@@ -162,8 +172,9 @@ def prepare(
             notes.append(f"photo {number + 1} is of one color, from which nothing can be learned: it is left out")
         else:
             size = nearest_size(rgb.shape[-2], rgb.shape[-1], sizes)
-            rgb, mask = _crop(rgb, mask, size)
-            groups.setdefault(size, []).append((len(kept), _encoded(host, rgb, mask)))
+            rgb, mask, cropped = _crop(rgb, mask, size)
+            parts = [*_encoded(host, rgb, mask), torch.tensor([cropped])]
+            groups.setdefault(size, []).append((len(kept), parts))
             kept.append(number)
         if progress is not None:
             progress(number + 1, len(images))
@@ -210,9 +221,9 @@ def _encoded(host: Host, rgb: Tensor, mask: Tensor) -> list[Tensor]:
 
 
 def _bucket(group: Sequence[tuple[int, list[Tensor]]]) -> Bucket:
-    """Photos of one shape, each with its number and what ``_encoded`` made of it."""
+    """Photos of one shape, each with its number, what ``_encoded`` made of it, and the size it had."""
     numbers = torch.tensor([number for number, _ in group])
-    return Bucket(numbers, *(torch.cat(parts) for parts in zip(*(encoded for _, encoded in group), strict=True)))
+    return Bucket(numbers, *(torch.cat(parts) for parts in zip(*(parts for _, parts in group), strict=True)))
 
 
 def as_rgb(image: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
@@ -253,9 +264,9 @@ def _soft(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
     return mask / mask.max()
 
 
-def _crop(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _crop(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """The largest part of the shape of ``size`` (h, w) that holds most of the mask, centered on it, resized:
-    (1, 3, h, w) and (1, 1, h, w)."""
+    (1, 3, h, w) and (1, 1, h, w); and its height and width before."""
     height, width = image.shape[-2:]
     scale = min(height / size[0], width / size[1])
     rows = max(1, min(height, round(scale * size[0])))
@@ -263,7 +274,7 @@ def _crop(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, T
     top, left = _window(mask.sum((0, 1, 3)), rows), _window(mask.sum((0, 1, 2)), columns)
     window = (..., slice(top, top + rows), slice(left, left + columns))
     image = interpolate(image[window], size, mode="bicubic", antialias=True).clamp(0, 1)
-    return image, interpolate(mask[window], size, mode="bilinear", antialias=True)
+    return image, interpolate(mask[window], size, mode="bilinear", antialias=True), (rows, columns)
 
 
 def _window(mass: Tensor, side: int) -> int:

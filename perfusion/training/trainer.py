@@ -404,7 +404,8 @@ class Trainer:
         x0, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
         noise, sigma = batch.noise.to(device), self._sigmas[batch.level].to(device)
         spread = sigma.view(-1, 1, 1, 1)
-        estimate = self.host.denoise(x0 + spread * noise, sigma, text, edit).float()
+        sizes = self.photos.sizes(batch.photo)
+        estimate = self.host.denoise(x0 + spread * noise, sigma, text, edit, sizes).float()
         # eps = (x_t - x0) / sigma; in its own terms a v-prediction's error is that of eps times sqrt(1 + sigma^2)
         error = (estimate - x0) / spread
         if self.host.prediction == "v":

@@ -88,6 +88,7 @@ class FakeHost:
         self.checkpointing = False
         self.calls = 0
         self.poison = False
+        self.told_sizes: Tensor | None = None
         self.watching: WordAttention | None = None
 
     # --- text
@@ -175,7 +176,15 @@ class FakeHost:
         attention = torch.softmax(q @ k.mT / k.shape[-1] ** 0.5, dim=-1)
         return x + 0.5 * linear(attention @ v, w["out"])
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
+    def denoise(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Encodings,
+        edit: KeyValueEdit | None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        self.told_sizes = sizes
         assert self.in_training, "the protocol promises a loaded model only inside training()"
         self.calls += 1
         spread = sigma.view(-1, 1, 1, 1)

@@ -370,6 +370,14 @@ def test_photos_of_several_shapes_are_drawn_in_batches_of_one() -> None:
     trainer.run()
 
 
+def test_the_network_is_told_how_large_photos_were() -> None:
+    host = FakeHost()
+    images = [torch.rand(48, 80, 3), torch.rand(100, 90, 3)]
+    trainer = a_trainer(host=host, pictures=prepare(host, images, None, 64), batch_size=16, steps=1)
+    trainer.step()
+    assert host.told_sizes is not None and {tuple(size) for size in host.told_sizes.tolist()} == {(48, 48), (90, 90)}
+
+
 @pytest.mark.parametrize(
     ("captions", "message"),
     [

@@ -137,8 +137,7 @@ class ComfyHost:
         edit: KeyValueEdit | None,
         sizes: Tensor | None = None,
     ) -> Tensor:
-        """See ``Host.denoise``. ``sizes`` (b, 2): height and width in pixels of what each latent shows, before it was
-        resized; without, the size that it has now. SDXL is told, other families don't ask."""
+        """See ``Host.denoise``. SDXL is told the sizes, other families don't ask."""
         # It stays in force behind this call: checkpointed blocks are computed again in the backward pass.
         self._live.edit = edit
         options = {"optimized_attention_override": _differentiable_attention}

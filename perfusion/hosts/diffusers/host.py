@@ -129,8 +129,15 @@ class DiffusersHost:
         """Keeps the projections ready to be edited between calls of ``denoise``, which otherwise does so each time."""
         return self._projections.installed()
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
-        """See ``Host.denoise``."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Encodings,
+        edit: KeyValueEdit | None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """See ``Host.denoise``. The families of this host are not told sizes."""
         spread = sigma.view(-1, 1, 1, 1)
         scale = (1 + spread**2).sqrt()
         dtype = self.unet.dtype
