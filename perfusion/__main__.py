@@ -1,6 +1,8 @@
 """``python -m perfusion``: the same core without a graph.
 
 python -m perfusion info FILE [--json]    what a concept file holds, and its size piece by piece
+python -m perfusion train --images DIR --super-category teddy --model MODEL    learn a concept from photos
+python -m perfusion train-many MANIFEST [--ray]    learn many, here or spread over machines
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from .cli.commands import add_commands, run_many, run_train
 from .concept import ConceptFileError, load
 
 
@@ -56,13 +59,21 @@ def _print_info(facts: dict[str, object]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 the file is at fault, 2 the call was."""
+    """Run a command; returns the exit code.
+
+    0 done, 1 a file, the photos or the training are at fault, 2 the call was wrong, 130 stopped by Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog="python -m perfusion", description="Perfusion concepts without a graph.")
     commands = parser.add_subparsers(dest="command", required=True)
     info_command = commands.add_parser("info", help="what a concept file holds, and its size piece by piece")
     info_command.add_argument("file", type=Path)
     info_command.add_argument("--json", action="store_true", help="one JSON line")
+    add_commands(commands)
     options = parser.parse_args(arguments)
+    if options.command == "train":
+        return run_train(options)
+    if options.command == "train-many":
+        return run_many(options)
     try:
         facts = info(options.file)
     except (ConceptFileError, OSError) as error:

@@ -81,7 +81,7 @@ LAYOUTS: dict[str, Layout] = {
     "miniature_train": Layout(
         [
             Group("A model and photos", [["checkpoint", "photos", "note"]]),
-            Group("Learn and keep", [["train", "save", "loss"]]),
+            Group("Learn and keep", [["train"], ["save", "report", "loss"]]),
             Group(
                 "Draw", [["apply", "positive", "negative", "latent"], ["sampler", "decode", "enlarge"], ["save_image"]]
             ),
