@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 from random import Random
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> No
     tokenizer = tokens.load(FOLDER / "tokenizer")
     model = contrastive(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
     model.set_attn_implementation("eager")
-    model.to(here)
+    cast(torch.nn.Module, model).to(here)
     run = Run(cache / "text", {"clip": model}, steps=steps, rate=rate, ema=0.998, weight_decay=0.05)
     data = pool(cache, "train", pictures)
     scenes = [pool_scene("train", k) for k in range(pictures)]

@@ -72,7 +72,7 @@ def listening(server: ComfyServer) -> Iterator[list[dict]]:
     ready = threading.Event()
     stop: list[Callable[[], object]] = []
 
-    async def read(socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def read(socket: aiohttp.ClientWebSocketResponse[bool]) -> None:
         async for message in socket:
             if message.type == aiohttp.WSMsgType.TEXT:
                 heard.append(json.loads(message.data))
