@@ -8,9 +8,13 @@ from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 Concepts = io.Custom("PERFUSION_CONCEPTS")
 Training = io.Custom("PERFUSION_TRAINING")  # perfusion.training.run.Outcome
+
+SHOWN_SIDE = 512
 
 # Keys that older hosts do not know travel in this dictionary, which every host hands to its front end.
 ADVANCED = {"advanced": True}
@@ -20,6 +24,15 @@ def schema(**settings: Any) -> io.Schema:
     """An ``io.Schema``; settings that the host's version lacks are left out (aliases for the search, for one)."""
     known = {f.name for f in fields(io.Schema)}
     return io.Schema(**{key: value for key, value in settings.items() if key in known})
+
+
+def small(image: Tensor) -> Tensor:
+    """A picture (h, w, c) reduced to ``SHOWN_SIDE`` pixels on its longer side, to be shown."""
+    height, width = image.shape[:2]
+    scale = min(1.0, SHOWN_SIDE / max(height, width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    reduced = interpolate(image.movedim(-1, 0)[None].float(), size, mode="bilinear", antialias=True)
+    return reduced[0].movedim(0, -1)
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def _look(
     if not there:
         return notice("There is no word of a concept in this prompt to look for.")
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    latent = vae.encode(image[:1, :, :, :3])
+    latent = vae.encode(image[:1, :, :, :3].expand(-1, -1, -1, 3))
     maps = attention_maps(model, conditioning, latent, torch.stack([masks[word] for word in there]), places)
     return sheet(image[0], maps, there, places)
 

@@ -19,7 +19,7 @@ from ..perfusion.training.config import TrainingConfig
 from ..perfusion.training.folder import read_folder
 from ..perfusion.training.masks import PLACEHOLDER, Masks, attention_masks, dimmed
 from ..perfusion.training.trainer import Subject, require_words
-from .common import naming, schema
+from .common import naming, schema, small
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ NODE = "Load Photos"
 MASKS_NODE = "Make Masks"
 NO_FOLDER = "none"
 METHODS = ("attention", "clipseg")
-MOST_SHOWN, SHOWN_SIDE = 16, 512  # pictures on a node, and pixels of their longer side
+MOST_SHOWN = 16  # pictures on a node
 
 
 class PerfusionLoadPhotos(io.ComfyNode):
@@ -237,11 +237,7 @@ def _shown(node: type[io.ComfyNode], images: Sequence[Tensor], text: str) -> dic
     """The first pictures, reduced, and a text, for the face of a node."""
     shown = []
     for image in images[:MOST_SHOWN]:
-        height, width = image.shape[:2]
-        scale = min(1.0, SHOWN_SIDE / max(height, width))
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        small = interpolate(image.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)
-        shown += ui.PreviewImage(small.movedim(1, -1), cls=node).as_dict()["images"]
+        shown += ui.PreviewImage(small(image).unsqueeze(0), cls=node).as_dict()["images"]
     return {"images": shown, "text": (text,)}
 
 

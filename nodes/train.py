@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ..perfusion.training.scoring import (
     validation_prompts,
 )
 from ..perfusion.training.trainer import Subject, Trainer, TrainingError, require_words
-from .common import ADVANCED, Concepts, Training, naming, schema
+from .common import ADVANCED, Concepts, Training, naming, schema, small
 
 logger = logging.getLogger(__name__)
 
@@ -272,12 +273,13 @@ class PerfusionTrainConcept(io.ComfyNode):
             config = TrainingConfig(**settings)
             subject.prompts()
             host = ComfyHost(one["model"], one["clip"], one["vae"])
+            similarity = _similarity(host, one)
         with naming(NODE, "super_category"):
             require_words(host, subject)
         with TrainingView(cls.hidden.unique_id) as view:
-            outcome = cls._learned(host, subject, images, masks, config, one, view)
+            outcome, notes = cls._learned(host, subject, images, masks, config, one, similarity, view)
         stack = ConceptStack((ConceptUse(outcome.concept),))
-        return io.NodeOutput(stack, {"loss": list(outcome.losses)}, outcome, table(outcome))
+        return io.NodeOutput(stack, {"loss": list(outcome.losses)}, outcome, table(outcome, notes))
 
     @classmethod
     def _learned(
@@ -288,19 +290,24 @@ class PerfusionTrainConcept(io.ComfyNode):
         masks: list[Any] | None,
         config: TrainingConfig,
         one: dict[str, Any],
+        similarity: ClipSimilarity | None,
         view: TrainingView,
-    ) -> Outcome:
-        report = progress_on(cls.hidden.unique_id)
+    ) -> tuple[Outcome, list[str]]:
+        """What came of it, and what its user should know of the photos."""
+        report, notes = progress_on(cls.hidden.unique_id), []
         if one.get("automatic_masks", True):
             with naming(NODE, "masks"):
                 made = attention_masks(host, images, subject.super_category, config.resolution, masks, report)
             if made.notes:
-                logger.info("%s: %s", NODE, " ".join(made.notes))
-                view.show_masks(list(map(dimmed, images, made.masks)), config.steps)
+                notes += made.notes
+                view.show_masks(list(map(dimmed, map(small, images), made.masks)), config.steps)
             masks = list(made.masks)
         with naming(NODE, "images"):
             buckets = one.get("aspect_buckets", False)
             photos = prepare(host, images, masks, config.resolution, report, buckets=buckets)
+        notes += photos.notes
+        for note in notes:
+            logger.warning("%s: %s", NODE, note)
         with naming(NODE, "corpus"):
             corpus = _corpus(host, one["corpus"], one["corpus_size"])
             statistics = cached(host, corpus, library.statistics_folder(), progress_on(cls.hidden.unique_id))
@@ -308,13 +315,13 @@ class PerfusionTrainConcept(io.ComfyNode):
             trainer = Trainer(host, photos, subject, statistics, config)
             run = Run(
                 trainer,
-                scorer=_scorer(host, subject, one, config.resolution),
+                scorer=_scorer(host, subject, similarity, config, one.get("previews", True)),
                 state=_state(trainer, one.get("resume", RESUME[0])),
                 every=one.get("checkpoint_every", 25),
                 patience=one.get("patience", 4),
                 listeners=[view],
             )
-            return _finished(run, view)
+            return _finished(run, view), notes
 
 
 class PerfusionPickStep(io.ComfyNode):
@@ -355,23 +362,36 @@ class PerfusionPickStep(io.ComfyNode):
         return io.NodeOutput(ConceptStack((ConceptUse(nearest.concept),)), nearest.step)
 
 
-def _scorer(host: ComfyHost, subject: Subject, one: dict[str, Any], size: int) -> Scorer:
+def _similarity(host: ComfyHost, one: dict[str, Any]) -> ClipSimilarity | None:
+    """The encoders that judge pictures, if they are connected."""
+    if one.get("clip_vision") is None:
+        return None
+    own = one.get("score_clip") is None
+    return ClipSimilarity(one["clip_vision"], one["clip" if own else "score_clip"], host.reload)
+
+
+def _scorer(
+    host: ComfyHost, subject: Subject, similarity: ClipSimilarity | None, config: TrainingConfig, previews: bool
+) -> Scorer:
     """By pictures where there is a CLIP Vision to look at them, else by loss and gate, which is weaker."""
-    between = comfy.model_management.throw_exception_if_processing_interrupted
     prompts = validation_prompts(host, subject)
-    if one.get("clip_vision") is not None:
-        own = one.get("score_clip") is None
-        similarity = ClipSimilarity(one["clip_vision"], one["clip" if own else "score_clip"], host.reload)
-        return PictureScorer(host, similarity, None, prompts, size=size, between=between)
+    drawing: dict[str, Any] = {
+        "size": config.resolution,
+        # Each is drawn twice, for guidance; what fits into memory for a step's backward pass fits for this.
+        "batch": max(1, (config.micro_batch or config.batch_size) // 2),
+        "between": comfy.model_management.throw_exception_if_processing_interrupted,
+    }
+    if similarity is not None:
+        return PictureScorer(host, similarity, None, prompts, **drawing)
     logger.warning(
         "%s: no CLIP Vision is connected, so steps are judged by loss and gate, which is weaker: it does not see "
         "pictures, and leans to late steps.",
         NODE,
     )
     scorer = LossGateScorer(prompts)
-    if not one.get("previews", True):
+    if not previews:
         return scorer
-    return Previewed(scorer, Drawing(host, prompts[:PREVIEWS], size=size, between=between))
+    return Previewed(scorer, Drawing(host, prompts[:PREVIEWS], **drawing))
 
 
 def _state(trainer: Trainer, resume: str) -> Path:
@@ -408,8 +428,8 @@ def _finished(run: Run, view: TrainingView) -> Outcome:
         raise
 
 
-def table(outcome: Outcome) -> str:
-    """The judged steps of a training, one a line, as plain text."""
+def table(outcome: Outcome, notes: Sequence[str] = ()) -> str:
+    """The judged steps of a training, one a line, as plain text, and what else its user should know."""
 
     def said(value: float | None) -> str:
         return "      -" if value is None else f"{value:7.4f}"
@@ -427,7 +447,7 @@ def table(outcome: Outcome) -> str:
         lines.append("Stopped early: the score had clearly passed its best.")
     if weak:
         lines.append("Judged by loss and gate alone. Connect a CLIP Vision to judge by pictures.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])
 
 
 def _photo_captions(texts: list[Any] | None, photos: int) -> list[str] | None:

@@ -104,24 +104,27 @@ function isUsed({ class_type: kind, inputs }, name) {
 }
 
 /** Whether a node of a prompt, and all before it, ask for files and choices that this ComfyUI has. */
-function isAvailable(prompt, id, seen = new Set()) {
+async function isAvailable(prompt, id, seen = new Set()) {
   const entry = prompt[id];
   if (!entry || seen.has(id)) return true;
   seen.add(id);
-  return Object.entries(entry.inputs).every(([name, value]) => {
-    if (Array.isArray(value)) return isAvailable(prompt, value[0], seen);
-    if (typeof value !== "string" || / \[(input|output|temp)\]$/.test(value) || !isUsed(entry, name)) return true;
-    return host.choicesOf(entry.class_type, name)?.includes(value) ?? true;
-  });
+  for (const [name, value] of Object.entries(entry.inputs)) {
+    if (Array.isArray(value)) {
+      if (!(await isAvailable(prompt, value[0], seen))) return false;
+    } else if (typeof value === "string" && !/ \[(input|output|temp)\]$/.test(value) && isUsed(entry, name)) {
+      if (!(await host.canChoose(entry.class_type, name, value))) return false;
+    }
+  }
+  return true;
 }
 
 // The text goes to the server only where it is used: it would change the node's signature, and all behind it would be
 // computed again. A graph that was made elsewhere may be connected to files that are not here.
-host.onPrompt(`${KIND}.prompt`, (prompt) => {
+host.onPrompt(`${KIND}.prompt`, async (prompt) => {
   for (const [id, { class_type: kind, inputs }] of Object.entries(prompt)) {
     if (kind !== KIND || !Array.isArray(inputs.concepts)) continue;
     const replaceable = inputs.use === CONNECTED && conceptsIn(inputs.data).length > 0;
-    const missing = replaceable && !isAvailable(prompt, inputs.concepts[0]);
+    const missing = replaceable && !(await isAvailable(prompt, inputs.concepts[0]));
     if (missing || inputs.use === EMBEDDED) delete inputs.concepts;
     else if (typeof inputs.data === "string") inputs.data = "";
     const node = host.nodeOf(id);

@@ -1,4 +1,5 @@
 // The one place that knows ComfyUI's front end.
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 /** Calls `work(node)` for each new node of a kind, and again when a saved graph has given it its values. */
@@ -85,7 +86,7 @@ export function onPrompt(name, work) {
       const before = app.graphToPrompt;
       app.graphToPrompt = async function (...values) {
         const result = await before.apply(this, values);
-        work(result.output);
+        await work(result.output);
         return result;
       };
     },
@@ -103,9 +104,15 @@ export function nodeOf(id) {
   return node;
 }
 
-/** What can be chosen for an input of a kind of node; undefined where it is free. */
-export function choicesOf(kind, input) {
+/** Whether a value can be chosen for an input of a kind of node. Inputs that are free take any. */
+export async function canChoose(kind, input, value) {
   const inputs = globalThis.LiteGraph.registered_node_types[kind]?.nodeData?.input;
   const [type, options] = inputs?.required?.[input] ?? inputs?.optional?.[input] ?? [];
-  return Array.isArray(type) ? type : options?.options;
+  const choices = Array.isArray(type) ? type : options?.options;
+  if (!choices || choices.includes(value)) return true;
+  // Lists of uploaded files are short of those in folders, and of those that came since: the server is asked.
+  if (!Object.keys(options ?? {}).some((key) => key.endsWith("_upload"))) return false;
+  const [, folder, name] = /^(?:(.*)\/)?([^/]*)$/.exec(value);
+  const query = new URLSearchParams({ filename: name, subfolder: folder ?? "", type: "input" });
+  return (await api.fetchApi(`/view?${query}`, { method: "HEAD" })).ok;
 }

@@ -38,6 +38,8 @@ class WordAttention:
 
     def add_cross(self, q: Tensor, k: Tensor, heads: int) -> None:
         """Queries (b, t, i) and keys (b, m, i) of a cross-attention layer, i split among the heads."""
+        if (q.shape[0], k.shape[1]) != tuple(self._word.shape):
+            return  # a patch has changed the batch or the context: whose word is where is not known
         attention = _attention(q, k, heads)
         self._add(self._cross, torch.einsum("btm,bm->bt", attention, self._word.to(attention)))
 

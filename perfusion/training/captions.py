@@ -41,8 +41,9 @@ class PhotoCaptions:
     def draw(self, photo: Tensor, generator: torch.Generator) -> Tensor:
         """For each of the photos (b,) the number of a prompt (b,), each that goes with it as likely as the others."""
         counts = torch.tensor([len(numbers) for numbers in self.of_photo])
-        # Below a multiple of all counts, so that the remainder favors none.
-        drawn = torch.randint(math.lcm(*counts.tolist()), photo.shape, generator=generator) % counts[photo]
+        # Below a multiple of all counts the remainder favors none; below a number as large as 2^62, none that shows.
+        limit = min(math.lcm(*counts.tolist()), 2**62)
+        drawn = torch.randint(limit, photo.shape, generator=generator) % counts[photo]
         return torch.tensor([self.of_photo[k][n] for k, n in zip(photo.tolist(), drawn.tolist(), strict=True)])
 
 

@@ -85,11 +85,19 @@ def photos_digest(photos: Photos) -> str:
     return content.hexdigest()
 
 
-def save(path: Path, trainer: Trainer, extra: Mapping[str, Any] | None = None, *, out_of_memory: bool = False) -> None:
+def save(
+    path: Path,
+    trainer: Trainer,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    known: Mapping[str, Any] | None = None,
+    out_of_memory: bool = False,
+) -> None:
     """Write the state of a training atomically, over an older one.
 
-    ``extra`` is kept beside it: tensors, and values that JSON can hold. With ``out_of_memory`` the training may go on
-    with a smaller micro_batch, whose results differ in their last digits.
+    ``extra`` is kept beside it: tensors, and values that JSON can hold. ``known``: the trainer's ``settings``, where
+    they were asked for before; asking runs the model, which may be out of reach by now. With ``out_of_memory`` the
+    training may go on with a smaller micro_batch, whose results differ in their last digits.
 
     Raises OSError when the file cannot be written.
     """
@@ -99,7 +107,7 @@ def save(path: Path, trainer: Trainer, extra: Mapping[str, Any] | None = None, *
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "perfusion.state": str(FORMAT),
-        "perfusion.settings": json.dumps(settings(trainer)),
+        "perfusion.settings": json.dumps(dict(known) if known else settings(trainer)),
         "perfusion.extra": json.dumps({name: v for name, v in extra.items() if not isinstance(v, Tensor)}),
         "perfusion.out_of_memory": json.dumps(out_of_memory),
     }

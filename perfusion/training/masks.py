@@ -115,6 +115,9 @@ def given(masks: Sequence[Tensor | None] | None, count: int) -> list[Tensor | No
         raise MaskError(
             f"{count} photos but {len(masks)} masks: give one mask for each photo, in the same order, or none"
         )
+    for number, mask in enumerate(masks):
+        if mask is not None and (mask.ndim != 2 or 0 in mask.shape):
+            raise MaskError(f"mask {number + 1} has shape {tuple(mask.shape)}; it must be (height, width)")
     return [None if mask is None or float(mask.max()) < EMPTY else mask for mask in masks]
 
 

@@ -128,6 +128,7 @@ class Run:
         self._before: float | None = None
         self._resumed_from = 0
         self._saved_at: int | None = None
+        self._settings: dict[str, Any] | None = None
         self._warning: str | None = None
         self._warned = False
         self._judging = False
@@ -143,6 +144,8 @@ class Run:
         raises, once the training is saved.
         """
         known = self._resume()
+        if self._state is not None:
+            self._settings = state_file.settings(self.trainer)
         with self._keeping_what_was_learned():
             self._begin(known)
             while self.trainer.steps_done < self.trainer.config.steps and not self._passed_its_peak():
@@ -314,7 +317,8 @@ class Run:
             out_of_memory = _is_out_of_memory(error)
             where = self._saved_for_later(out_of_memory)
             if out_of_memory:
-                advice = _less_memory(self.trainer.config, self._judging)
+                relief = self._scorer.relief if self._scorer and self._judging else None
+                advice = _less_memory(self.trainer.config, self._judging, relief)
                 doing = "while the concept was judged after" if self._judging else "in the step after"
                 message = f"memory ran out {doing} step {self.trainer.steps_done}. {advice} {where}"
                 raise self._with_outcome(message.rstrip()) from error
@@ -363,7 +367,7 @@ class Run:
             score = None if each.score is None else asdict(each.score)
             extra["checkpoints"].append({"step": each.step, "loss": each.loss, "score": score})
             extra[f"concept.{each.step}"] = torch.frombuffer(bytearray(each.concept.to_bytes()), dtype=torch.uint8)
-        state_file.save(self._state, self.trainer, extra, out_of_memory=out_of_memory)
+        state_file.save(self._state, self.trainer, extra, known=self._settings, out_of_memory=out_of_memory)
         self._saved_at = self.trainer.steps_done
 
     def _resume(self) -> str | None:
@@ -438,10 +442,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _less_memory(config: TrainingConfig, judging: bool) -> str:
+def _less_memory(config: TrainingConfig, judging: bool, relief: str | None) -> str:
     """What to change when memory runs out: first what lets the training go on from where it is."""
     at_once = config.micro_batch or config.batch_size
-    ways = ["leave out the encoders that judge the pictures"] if judging else []
+    ways = [relief] if relief else []
     if not judging and not config.gradient_checkpointing:
         ways.append("switch on gradient_checkpointing")
     if not judging and at_once > 1:

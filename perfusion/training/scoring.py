@@ -85,6 +85,11 @@ class Scorer(Protocol):
         """The same for scorers whose scores can be compared."""
         ...
 
+    @property
+    def relief(self) -> str | None:
+        """What a user can do when memory runs out in it."""
+        ...
+
     def __call__(self, trainer: Trainer, concept: Concept, step: int) -> tuple[Score, Tensor | None]:
         """The score of what was learned in ``step`` steps, and the pictures (n, h, w, 3) that were looked at."""
         ...
@@ -145,6 +150,7 @@ class Previewed:
 
     scorer: Scorer
     drawing: Drawing
+    relief: str = "switch previews off"
 
     @property
     def identity(self) -> str:
@@ -170,6 +176,8 @@ class PictureScorer:
 
     Raises ValueError when the encoders know no texts, or there are no prompts.
     """
+
+    relief = "leave out the encoders that judge the pictures"
 
     def __init__(
         self,
@@ -261,6 +269,7 @@ class LossGateScorer:
     prompts: Sequence[str]
     samples: int = 32
     gate: Gate = field(default_factory=Gate)
+    relief: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:

@@ -500,12 +500,9 @@ def test_new_weights_are_loaded(comfy_host: ComfyHost, tmp_path: Path, monkeypat
 
 
 def training_graph(images: int = 3, **settings: Any) -> Prompt:
-    """Train Concept on pictures of one color, and the concept applied."""
+    """Train Concept on photos of a teddy bear, and the concept applied."""
     prompt = graph(f"a photo of a {TEDDY} on the moon")
-    for k in range(images):
-        prompt[f"photo{k}"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x804020 + k)
-    inputs = {f"images.image{k}": [f"photo{k}", 0] for k in range(images)}
-    prompt["photos"] = node("BatchImagesNode", **inputs)
+    prompt["photos"] = node("PerfusionMiniaturePhotos", category="teddy bear", thing=28, count=images, seed=0)
     small = {"steps": 3, "batch_size": 2, "micro_batch": 0, "resolution": 64, "contexts": 16, "corpus_size": 200}
     prompt["train"] = node(
         "PerfusionTrainConcept",

@@ -328,7 +328,7 @@ def test_changes_train_again(comfy_host: ComfyHost, photo_node: None) -> None:
         ({"super_category": "  "}, "Train Concept.*super-category"),
         ({"masks": 1}, "Train Concept, input 'masks'.*mask"),
         ({"count": 0, "masks": 0}, "Train Concept, input 'images'"),
-        ({"captions": "a photo without the word"}, "Train Concept"),
+        ({"captions": "very " * 80 + "large {}"}, "Train Concept.*too long"),
     ],
 )
 def test_bad_input_of_training(comfy_host: ComfyHost, photo_node: None, settings: dict[str, Any], message: str) -> None:

@@ -74,6 +74,31 @@ def test_the_loss_on_fixed_noise_falls_and_the_model_is_left_alone(training: Tra
     assert left_alone(training.parts)
 
 
+def test_a_model_in_half_precision_trains_in_more_each_time(comfy_host: ComfyHost) -> None:
+    """Also where the training before has left its own precision on the network that both share."""
+    module, parts, seen = comfy_host.module("perfusion.hosts.comfyui.training"), miniature_parts(), []
+    parts.model.model.diffusion_model.half().dtype = torch.float16
+    for _ in range(3):
+        host = module.ComfyHost(parts.model, parts.clip, parts.vae)
+        with host.training():
+            seen.append(module._compute_dtype(host._model.model))
+    assert seen == [torch.float32] * 3
+
+
+def test_a_training_that_cannot_begin_leaves_nothing_patched(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = training.pack.module("perfusion.hosts.comfyui.training")
+
+    def fail(network: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_make_ordinary", fail)
+    with pytest.raises(MemoryError), training.host.training():
+        pass
+    assert left_alone(training.parts)
+
+
 def test_a_seed_says_everything(training: Training) -> None:
     with torch.inference_mode():
         assert training.run().digest == training.run().digest != training.run(seed=1).digest

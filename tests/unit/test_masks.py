@@ -208,7 +208,11 @@ def test_previews_are_dark_outside() -> None:
     image, mask = torch.ones(4, 4, 3), box(4, 4, 0, 2, 0, 4)
     assert torch.equal(dimmed(image, mask)[:2], image[:2])
     assert float(dimmed(image, mask)[2:].max()) == pytest.approx(0.2)
-    assert dimmed(image, None) is image
+    assert torch.equal(dimmed(image, None), image)
+    grey = dimmed(torch.ones(8, 8, 1), mask)  # of another size than its mask, which is therefore soft at its edge
+    assert grey.shape == (8, 8, 3)
+    assert torch.equal(grey[:3], torch.ones(3, 8, 3))
+    assert float(grey[5:].max()) == pytest.approx(0.2)
 
 
 # --- a real network

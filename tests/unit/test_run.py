@@ -36,6 +36,8 @@ class Stop(Exception):
 class Listed:
     """A scorer that has its values from a list, by step; draws grey pictures."""
 
+    relief = "leave out the encoders"
+
     def __init__(self, values: dict[int, float] | Callable[[int], float], identity: str = "listed", weak: bool = False):
         self.of: Callable[[int], float] = values.__getitem__ if isinstance(values, dict) else values
         self.identity = identity
@@ -101,6 +103,24 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 
 # --- a run
+
+
+def test_stopped_it_is_saved_though_the_model_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a second cancel, which a host raises in whatever the model computes next."""
+    host, state = FakeHost(), tmp_path / "state.safetensors"
+
+    def listen(update: Update) -> None:
+        if update.step == 3:
+            monkeypatch.setattr(host, "project_values", stop)
+            monkeypatch.setattr(host, "encode", stop)
+            raise Stop
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        Run(a_trainer(host=host, steps=6), state=state, every=5, listeners=[listen]).run()
+    assert Run(a_trainer(steps=6), state=state, every=5).run().resumed_from == 3
 
 
 def test_a_checkpoint_every_so_many_steps_and_at_the_last(state: Path) -> None:
@@ -531,7 +551,7 @@ def test_out_of_memory_while_it_is_judged() -> None:
     def hungry(step: int) -> float:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    told = r"while the concept was judged after step 2\. Leave out the encoders .*resolution \(now 64\)"
+    told = r"while the concept was judged after step 2\. Leave out the encoders, or lower resolution \(now 64\)"
     with pytest.raises(TrainingError, match=told):
         Run(a_trainer(), scorer=Listed(hungry), every=2).run()
 

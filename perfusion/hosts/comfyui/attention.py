@@ -21,18 +21,22 @@ class _Layers:
 
     def __init__(self, attention: WordAttention):
         self._attention = attention
-        self._crossed = False
+        self._announced = 0  # tokens of the context that a cross-attention is about to look at
 
     def announce(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, ...]:
         """The host's patch before a block's cross-attention, which changes nothing."""
-        self._crossed = True
+        self._announced = context.shape[1]
         return n, context, value
 
     def attend(
         self, chosen: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> Tensor:
         """In place of the host's attention, which does the work."""
-        add = self._attention.add_cross if self._crossed else self._attention.add_own
-        self._crossed = False
-        add(q, k, heads)
+        # A patch of somebody else may do a block's cross-attention in its own way, and this is the next layer's call.
+        crossed = self._announced == k.shape[1] != q.shape[1]
+        if crossed:
+            self._attention.add_cross(q, k, heads)
+        elif q.shape[1] == k.shape[1]:
+            self._attention.add_own(q, k, heads)
+        self._announced = 0
         return chosen(q, k, v, heads, *args, **kwargs)

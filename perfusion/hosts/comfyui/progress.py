@@ -110,10 +110,13 @@ class TrainingView:
     def _encode(self) -> None:
         while (waiting := self._pictures.get()) is not None:
             step, kind, picture = waiting
-            encoded = io.BytesIO()
-            picture.save(encoded, "JPEG", quality=85)
-            uri = "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
-            self._send({"step": step, kind: uri})
+            try:
+                encoded = io.BytesIO()
+                picture.save(encoded, "JPEG", quality=85)
+                uri = "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
+                self._send({"step": step, kind: uri})
+            except Exception:  # a thread that ends would leave the training waiting for it
+                logger.exception("a preview could not be sent")
 
     def _send(self, content: dict[str, Any]) -> None:
         self._sent = time.monotonic()

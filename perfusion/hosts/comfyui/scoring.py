@@ -51,32 +51,36 @@ class ClipSimilarity:
 
     def images(self, pictures: Tensor) -> Tensor:
         """Unit vectors (n, e) of pictures (n, h, w, 3) in 0..1, whole, not cropped."""
-        with torch.no_grad():
-            embeds = [self._vision.encode_image(one, crop=False)["image_embeds"] for one in pictures.split(8)]
-        self._after()
+        try:
+            with torch.no_grad():
+                embeds = [self._vision.encode_image(one, crop=False)["image_embeds"] for one in pictures.split(8)]
+        finally:
+            self._after()
         return normalize(torch.cat(embeds).float().cpu(), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (n, e) of texts."""
         assert self._projection is not None  # the constructor refuses a CLIP without
-        with torch.no_grad():
-            pooled = [self._pooled(prompt) for prompt in prompts]
+        try:
+            with torch.no_grad():
+                pooled = torch.cat([self._pooled(prompt) for prompt in prompts]).float().cpu()
+        finally:
             self._after()
-            weight = self._projection.detach().float().cpu()
-            return normalize(linear(torch.cat(pooled).float().cpu(), weight), dim=-1)
+        return normalize(linear(pooled, self._projection.detach().float().cpu()), dim=-1)
 
     def _pooled(self, prompt: str) -> Tensor:
         return self._clip.encode_from_tokens(self._clip.tokenize(prompt), return_pooled="unprojected")[1]
 
     def _vision_width(self) -> int:
-        projection = getattr(self._vision.model, "visual_projection", None)
-        if not hasattr(projection, "weight"):
+        # Models without one hand on what they have, by an identity.
+        projection = getattr(getattr(self._vision.model, "visual_projection", None), "weight", None)
+        if projection is None:
             raise ScoringError(
                 "this CLIP Vision has no projection, so its embeddings cannot be compared with texts: use one that was "
                 "trained together with a text encoder, such as a CLIP ViT-L or ViT-H.",
                 "clip_vision",
             )
-        return projection.weight.shape[0]
+        return projection.shape[0]
 
 
 def _text_projection(clip: Any) -> Tensor | None:

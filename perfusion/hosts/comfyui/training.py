@@ -47,6 +47,7 @@ class ComfyHost:
         self.family: Family = family_of(model, clip)
         _require_plain_input(model.model)
         self._live = Applied(ConceptStack())
+        self._visited = False  # whether other models were loaded since the last step of a training
         attach(self._model, self._live)
 
     @property
@@ -100,7 +101,7 @@ class ComfyHost:
 
     def encode_images(self, images: Tensor) -> Tensor:
         """See ``Host.encode_images``."""
-        with torch.no_grad():
+        with torch.no_grad(), self._visiting():
             latent = self._vae.encode(images)
         channels = self._model.model.latent_format.latent_channels
         if latent.ndim != 4 or latent.shape[1] != channels:
@@ -108,21 +109,17 @@ class ComfyHost:
                 f"the VAE on input 'vae' makes latents of shape {tuple(latent.shape[1:])}, the model needs {channels} "
                 "channels in two dimensions: connect the checkpoint's own VAE"
             )
-        if self._in_training:
-            self.reload()
         return self._model.model.process_latent_in(latent.float().cpu()).clone()
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See ``Host.decode_latents``."""
-        with torch.no_grad():
+        with torch.no_grad(), self._visiting():
             pictures = self._vae.decode(self._model.model.process_latent_out(latents.float()))
         if pictures.ndim != 4 or pictures.shape[-1] != 3:
             raise UnsupportedModelError(
                 f"the VAE on input 'vae' makes pictures of shape {tuple(pictures.shape[1:])}, not of height, width and "
                 "three colors: connect the checkpoint's own VAE"
             )
-        if self._in_training:
-            self.reload()
         return pictures.float().cpu().clamp(0, 1)
 
     def noise_levels(self) -> Tensor:
@@ -138,6 +135,10 @@ class ComfyHost:
         sizes: Tensor | None = None,
     ) -> Tensor:
         """See ``Host.denoise``. SDXL is told the sizes, other families don't ask."""
+        if self._visited and torch.is_grad_enabled():
+            # A step needs the room that was taken meanwhile.
+            self.reload(_EVERYTHING)
+            self._visited = False
         # It stays in force behind this call: checkpointed blocks are computed again in the backward pass.
         self._live.edit = edit
         options = {"optimized_attention_override": _differentiable_attention}
@@ -206,32 +207,48 @@ class ComfyHost:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            if _compute_dtype(self._model.model) == torch.float16:
+            if _own_compute_dtype(self._model) == torch.float16:
                 # Gradients of target values are far below what float16 can hold.
                 brain_float = comfy.model_management.should_use_bf16(self.device)
                 self._model.set_model_compute_dtype(torch.bfloat16 if brain_float else torch.float32)
+            stack.callback(self._put_back)
             # Training needs room for activations: whatever else is loaded makes way.
             self.reload(_EVERYTHING)
             # Everything is loaded now, and stays: each encoding would load anew, and might evict the network for it.
             self._clip.load_model = lambda tokens=None: self._clip.patcher
             stack.callback(vars(self._clip).pop, "load_model")
-            for network in (self._model.model, self._clip.cond_stage_model):
-                _make_ordinary(network)
-                network.requires_grad_(False)
+            self._make_ordinary()
             stack.enter_context(_differentiable_encoders(self._clip.cond_stage_model))
             if gradient_checkpointing:
                 stack.enter_context(_checkpointed(self._model.model.diffusion_model))
             stack.enter_context(_host_in_training())
-            try:
-                yield
-            finally:
-                self._live.edit = None
-                self._model.eject_model()
+            yield
 
     def reload(self, memory_required: int = 0) -> None:
         """Have the models of a training loaded, whole: what was loaded meanwhile may have pushed them out."""
         models = [self._model, self._clip.patcher]
         comfy.model_management.load_models_gpu(models, memory_required=memory_required, force_full_load=True)
+        if self._in_training:
+            self._make_ordinary()
+            self._visited = True
+
+    def _make_ordinary(self) -> None:
+        for network in (self._model.model, self._clip.cond_stage_model):
+            _make_ordinary(network)
+            network.requires_grad_(False)
+
+    def _put_back(self) -> None:
+        self._live.edit = None
+        self._model.eject_model()
+
+    @contextmanager
+    def _visiting(self) -> Iterator[None]:
+        """Another model is used in the block, which may push those of a training out."""
+        try:
+            yield
+        finally:
+            if self._in_training:
+                self.reload()
 
     @property
     def _in_training(self) -> bool:
@@ -275,6 +292,12 @@ def _static_clone(thing: Any, patcher: Any) -> Any:
 def _compute_dtype(model: Any) -> torch.dtype:
     """What the network computes in."""
     return model.manual_cast_dtype if model.manual_cast_dtype is not None else model.get_dtype()
+
+
+def _own_compute_dtype(patcher: Any) -> torch.dtype:
+    """What a model computes in when this patcher is loaded: what another left on the shared network is not asked."""
+    cast = patcher.get_model_object("manual_cast_dtype")
+    return cast if cast is not None else patcher.model.get_dtype()
 
 
 def _require_plain_input(model: Any) -> None:
