@@ -43,6 +43,28 @@ class Encodings:
         here = index.to(self.word.device)
         return Encodings(self.context[index], self.word[here], self.padding[here], pooled)
 
+    def detached(self, *, requires_grad: bool = False) -> Encodings:
+        """The same without what they were made by; gradients may gather at them."""
+
+        def alone(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(requires_grad)
+
+        pooled = None if self.pooled is None else alone(self.pooled)
+        return Encodings(alone(self.context), self.word, self.padding, pooled)
+
+    @staticmethod
+    def joined(parts: Sequence[Encodings]) -> Encodings:
+        """The encodings of prompts that were encoded in parts, one or more, of one length."""
+        if len(parts) == 1:
+            return parts[0]
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return Encodings(
+            torch.cat([part.context for part in parts]),
+            torch.cat([part.word for part in parts]),
+            torch.cat([part.padding for part in parts]),
+            torch.cat(pooled) if pooled else None,
+        )
+
 
 class TextHost(Protocol):
     """The text encoders of a model."""

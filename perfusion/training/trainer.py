@@ -25,6 +25,7 @@ from ..statistics import Metric, TextStatistics, directions, word_encodings
 from .captions import PhotoCaptions, captions_by_photo, with_placeholder
 from .config import TrainingConfig
 from .dataset import Photos
+from .prompts import EncodedPrompts
 
 if TYPE_CHECKING:
     from .run import Outcome
@@ -147,16 +148,18 @@ class Trainer:
         batch = self._draw(config.batch_size, self.generator)
         micro = config.micro_batch or config.batch_size
         self._optimizer.zero_grad(set_to_none=True)
-        loss, gate, mean = 0.0, 0.0, torch.zeros(self.host.family.context_width)
+        prompts = self._prompts(batch, self.word, micro, kept=not config.gradient_checkpointing)
+        loss = 0.0
         for part in batch.split(micro):
             share = len(part) / config.batch_size
-            part_loss, text = self._loss(part)
+            part_loss = self._error(part, prompts.of(part.prompt), self._edit)
             (part_loss * share).backward()
             loss += float(part_loss.detach()) * share
-            with torch.no_grad():
-                encoded = text.context[text.word.to(text.context.device)].float()
-                gate += float(self._edit.directions.to(encoded.device).gates(encoded)[1].mean()) * share
-                mean += encoded.mean(0).cpu() * share
+        prompts.backward()
+        with torch.no_grad():
+            text = prompts.of(batch.prompt)
+            encoded = text.context[text.word.to(text.context.device)].float()
+            gate = float(self._edit.directions.to(encoded.device).gates(encoded)[1].mean())
         gradients = [parameter.grad for parameter in self._trained.values()]
         if any(gradient is None for gradient in gradients):
             raise TrainingError("no gradient reaches the concept: the model's cross-attention is not the edited one")
@@ -169,7 +172,7 @@ class Trainer:
         self._optimizer.step()
         self.losses.append(loss)
         self.gates.append(gate)
-        self._follow(mean)
+        self._follow(encoded.mean(0).cpu())
         return StepReport(self.steps_done, config.steps, loss, gate)
 
     def run(self, callbacks: Iterable[Callback] = ()) -> Concept:
@@ -212,8 +215,10 @@ class Trainer:
             total = 0.0
             # A draw is of photos of one shape: as many draws as there are shapes.
             for some in torch.arange(samples).chunk(len(self.photos.buckets)):
-                for part in self._draw(len(some), generator).split(at_once):
-                    total += float(self._error(part, word, edit)[0]) * len(part)
+                batch = self._draw(len(some), generator)
+                prompts = self._prompts(batch, word, at_once)
+                for part in batch.split(at_once):
+                    total += float(self._error(part, prompts.of(part.prompt), edit)) * len(part)
             return total / samples
 
     def summary(self, step: int) -> dict[str, object]:
@@ -298,8 +303,11 @@ class Trainer:
 
     def _require_words_in_reach(self) -> None:
         """Raise TrainingError for a caption whose word the encoder would not see, before anything is learned."""
-        for start in range(0, len(self.captions.prompts), _CAPTIONS_AT_ONCE):
-            prompts = self.captions.prompts[start : start + _CAPTIONS_AT_ONCE]
+        subject = self.subject
+        short = {with_placeholder(text, subject.placeholder, subject.super_category) for text in paper_templates()}
+        others = [prompt for prompt in self.captions.prompts if prompt not in short]
+        for start in range(0, len(others), _CAPTIONS_AT_ONCE):
+            prompts = others[start : start + _CAPTIONS_AT_ONCE]
             with torch.no_grad():
                 inside = self.host.encode(prompts, self.word).word.any(dim=1)
             for prompt, found in zip(prompts, inside, strict=True):
@@ -384,23 +392,20 @@ class Trainer:
 
     def _draw(self, count: int, generator: torch.Generator) -> _Batch:
         photo = self.photos.draw(count, generator)
-
         prompt = self.captions.draw(photo, generator)
         level = torch.randint(len(self._sigmas), (count,), generator=generator)
         flipped = (torch.rand(count, generator=generator) < 0.5) & self.config.flip
         noise = torch.randn((count, *self.photos.shape(photo)), generator=generator)
         return _Batch(photo, flipped, prompt, level, noise)
 
-    def _loss(self, batch: _Batch) -> tuple[Tensor, Encodings]:
-        """The loss of a batch, and the encodings it was made with."""
-        return self._error(batch, self.word, self._edit)
+    def _prompts(self, batch: _Batch, word: Word, at_once: int, *, kept: bool = True) -> EncodedPrompts:
+        """The prompts of a batch, encoded; see ``EncodedPrompts``."""
+        texts = {k: self.captions.prompts[k] for k in batch.prompt.unique().tolist()}
+        return EncodedPrompts(lambda some: self.host.encode(some, word), texts, at_once, kept=kept)
 
-    def _error(self, batch: _Batch, word: Word, edit: KeyValueEdit | None) -> tuple[Tensor, Encodings]:
-        """Mask-weighted error of the network's prediction, mean over the batch, and the encodings it was made with."""
+    def _error(self, batch: _Batch, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
+        """Mask-weighted error of the network's prediction with these encodings, mean over the batch."""
         device = self.host.device
-        chosen, index = torch.unique(batch.prompt, return_inverse=True)
-        encoded = self.host.encode([self.captions.prompts[k] for k in chosen], word)
-        text = encoded.select(index.to(encoded.context.device))
         x0, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
         noise, sigma = batch.noise.to(device), self._sigmas[batch.level].to(device)
         spread = sigma.view(-1, 1, 1, 1)
@@ -410,7 +415,7 @@ class Trainer:
         error = (estimate - x0) / spread
         if self.host.prediction == "v":
             error = error * (1 + spread**2).sqrt()
-        return reduce(weights * error**2, "b c h w -> ", "mean"), text
+        return reduce(weights * error**2, "b c h w -> ", "mean")
 
 
 def require_words(host: TextHost, subject: Subject) -> dict[str, Tensor]:

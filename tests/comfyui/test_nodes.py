@@ -232,6 +232,7 @@ FAST = {
     "seed": 3,
     "contexts": 8,
     "corpus_size": 32,
+    "captions": "a photo of a {}\na {} outside",  # few, since each is encoded by a full-size text encoder
     "previews": False,
     "super_category": "teddy bear",
     "placeholder": TEDDY,
@@ -301,21 +302,6 @@ def test_train_save_load_apply_sample(comfy_host: ComfyHost, lab: Lab, photo_nod
     del straight["load"]
     fresh = comfy_host.execute(straight, keep=[LATENT])
     assert torch.equal(fresh[LATENT]["samples"], run[LATENT]["samples"]), "a saved concept draws like a fresh one"
-
-
-@pytest.mark.slow
-def test_changes_train_again(comfy_host: ComfyHost, photo_node: None) -> None:
-    def trained(**changes: Any) -> tuple[bool, str]:
-        run = comfy_host.execute(training(comfy_host, **changes), keep=[TRAINED])
-        return "train" in run.executed, run[TRAINED].concepts[0].digest
-
-    _, digest = trained(steps=1)
-    assert trained(steps=1) == (False, digest)
-    for change in ({"pixel": 0.9}, {"mask_pixel": 0.4}, {"seed": 4}):
-        again, other = trained(**{"steps": 1, **change})
-        assert again, change
-        assert other != digest, change
-    assert trained(steps=1)[1] == digest, "one seed, one concept"
 
 
 @pytest.mark.parametrize(

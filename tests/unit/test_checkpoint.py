@@ -330,7 +330,7 @@ def test_a_step_that_fails_never_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise Broken
 
-    for name in ("_draw", "_loss", "_follow"):
+    for name in ("_draw", "_error", "_follow"):
         with monkeypatch.context() as patch, pytest.raises(Broken):
             patch.setattr(trainer, name, fail)
             trainer.step()

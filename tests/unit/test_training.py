@@ -226,14 +226,13 @@ def test_flip_off_never_mirrors() -> None:
 def texts(monkeypatch: pytest.MonkeyPatch) -> list[Encodings]:
     """The encodings of every batch trained on."""
     seen: list[Encodings] = []
-    original = Trainer._loss
+    original = Trainer._error
 
-    def recorded(self: Trainer, batch: Any) -> tuple[Tensor, Encodings]:
-        loss, text = original(self, batch)
+    def recorded(self: Trainer, batch: Any, text: Encodings, edit: Any) -> Tensor:
         seen.append(text)
-        return loss, text
+        return original(self, batch, text, edit)
 
-    monkeypatch.setattr(Trainer, "_loss", recorded)
+    monkeypatch.setattr(Trainer, "_error", recorded)
     return seen
 
 
