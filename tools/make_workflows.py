@@ -59,7 +59,7 @@ LAYOUTS: dict[str, Layout] = {
                     ["checkpoint", "photos", "masks", "note"],
                 ],
             ),
-            Group("Learn and keep", [["train", "save", "loss"]]),
+            Group("Learn and keep", [["train"], ["save", "loss"]]),
             Group("Draw", [["apply", "positive", "negative", "latent"], ["sampler", "decode", "save_image"]]),
         ],
         "1. Choose your checkpoint, and 1 to 10 photos of one thing, each with a mask (white where the thing is).\n"
@@ -145,7 +145,9 @@ _ARRANGE = """async ([api, groups, note, width, gap]) => {
         const least = id === 'note' ? 260 : node.computeSize()[1];
         node.setSize([width, Math.max(least, room[node.type] ?? 0)]);
     }
-    const heightOf = (cell) => cell.reduce((sum, id) => sum + nodes[id].size[1] + gap, 0);
+    const below = { PerfusionTrainConcept: width };  // where its previews will be
+    const roomOf = (id) => nodes[id].size[1] + (below[nodes[id].type] ?? 0) + gap;
+    const heightOf = (cell) => cell.reduce((sum, id) => sum + roomOf(id), 0);
     let left = 0;
     for (const { title, columns, aligned } of groups) {
         const first = left;
@@ -159,7 +161,7 @@ _ARRANGE = """async ([api, groups, note, width, gap]) => {
                 let place = top;
                 for (const id of cell) {
                     nodes[id].pos = [left, place];
-                    place += nodes[id].size[1] + gap;
+                    place += roomOf(id);
                 }
                 top = aligned ? top + rowHeights[row] : place;
             });
