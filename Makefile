@@ -16,7 +16,7 @@ demo: environment
 	$(BIN)/python -m benchmarks.demo
 
 test: full-environment static  ## everything, with ComfyUI and a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: environment static  ## what needs no ComfyUI
 	$(BIN)/python -m pytest -m "not comfyui and not server and not browser and not gpu"

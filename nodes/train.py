@@ -15,6 +15,7 @@ from ..perfusion.concept import check_placeholder, file_stem
 from ..perfusion.corpus import load_captions, paper_templates
 from ..perfusion.edit import FORMS
 from ..perfusion.hosts.comfyui import library
+from ..perfusion.hosts.comfyui.memory import require_memory
 from ..perfusion.hosts.comfyui.progress import TrainingView, progress_on
 from ..perfusion.hosts.comfyui.scoring import ClipSimilarity
 from ..perfusion.hosts.comfyui.training import ComfyHost
@@ -274,6 +275,7 @@ class PerfusionTrainConcept(io.ComfyNode):
             subject.prompts()
             host = ComfyHost(one["model"], one["clip"], one["vae"])
             similarity = _similarity(host, one)
+            require_memory(host, config)
         with naming(NODE, "super_category"):
             require_words(host, subject)
         with TrainingView(cls.hidden.unique_id) as view:

@@ -20,6 +20,14 @@ from tests.hosts import (
     running_server,
 )
 
+# What takes longest begins first, so that no worker is left alone with it at the end.
+LONGEST = ("test_oldest_host", "test_end_to_end", "test_workflows", "test_live_training", "test_odd_photos")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):

@@ -30,7 +30,7 @@ API = Path(__file__).parents[1] / "api"
 # same with real photos.
 SIZE = int(os.environ.get("PERFUSION_E2E_SIZE", "64"))
 PHOTOS = os.environ.get("PERFUSION_E2E_PHOTOS")
-STEPS = 20
+STEPS = 20 if PHOTOS else 8
 QUICK = {
     "steps": STEPS,
     "batch_size": int(os.environ.get("PERFUSION_E2E_BATCH", "2")),
@@ -183,24 +183,6 @@ def _pixels(png: bytes) -> bytes:
     import io
 
     return Image.open(io.BytesIO(png)).tobytes()
-
-
-def test_a_change_trains_again(server: ComfyServer) -> None:
-    prompt = graph(server, "train_concept")
-    del prompt["loss"]
-    prompt["train"]["inputs"] |= {"steps": 1, "batch_size": 1}
-    server.queue(prompt)
-    assert "train" not in executed(server.queue(prompt))
-    for name in ("teddy_2.jpg", "teddy_mask_2.jpg"):
-        path = server.base / "input" / name
-        before = path.read_bytes()
-        try:
-            Image.open(path).rotate(180).save(path)
-            assert "train" in executed(server.queue(prompt)), name
-        finally:
-            path.write_bytes(before)
-    prompt["train"]["inputs"]["seed"] = 7
-    assert "train" in executed(server.queue(prompt)), "seed"
 
 
 def test_a_missing_file_is_refused_when_queueing(server: ComfyServer) -> None:

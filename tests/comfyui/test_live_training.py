@@ -25,7 +25,7 @@ from tests.hosts import Base, ComfyServer, Prompt, ServerOptions, ServerPromptEr
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.server]
 
-STEPS, EVERY = 12, 4
+STEPS, EVERY = 9, 3
 
 
 def training(placeholder: str, **settings: Any) -> Prompt:

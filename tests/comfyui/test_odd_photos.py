@@ -41,6 +41,24 @@ def test_grey_16_bit_transparent_and_huge_photos_train(server: ComfyServer) -> N
     assert "train" in executed(server.queue(prompt, timeout=300))
 
 
+def test_a_change_trains_again(server: ComfyServer) -> None:
+    prompt = graph(server, "train_concept")
+    del prompt["loss"]
+    prompt["train"]["inputs"] |= {"steps": 1, "batch_size": 1}
+    server.queue(prompt)
+    assert "train" not in executed(server.queue(prompt))
+    for name in ("teddy_2.jpg", "teddy_mask_2.jpg"):
+        path = server.base / "input" / name
+        before = path.read_bytes()
+        try:
+            Image.open(path).rotate(180).save(path)
+            assert "train" in executed(server.queue(prompt)), name
+        finally:
+            path.write_bytes(before)
+    prompt["train"]["inputs"]["seed"] = 7
+    assert "train" in executed(server.queue(prompt)), "seed"
+
+
 def test_a_cancelled_training_leaves_the_next_one_as_it_would_have_been(server: ComfyServer) -> None:
     prompt = graph(server, "train_concept")
     prompt["train"]["inputs"] |= {"steps": 100_000, "corpus_size": 48}

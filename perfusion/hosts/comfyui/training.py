@@ -56,6 +56,30 @@ class ComfyHost:
         return self._model.load_device
 
     @property
+    def model(self) -> Any:
+        """The MODEL, a clone of the one that was given."""
+        return self._model
+
+    @property
+    def clip(self) -> Any:
+        """The CLIP, a clone of the one that was given."""
+        return self._clip
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return int(self._vae.spacial_compression_encode()) if self._vae is not None else _PIXELS
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the network computes in while it trains."""
+        own = _own_compute_dtype(self._model)
+        if own != torch.float16:
+            return own
+        # Gradients of target values are far below what float16 can hold.
+        return torch.bfloat16 if comfy.model_management.should_use_bf16(self.device) else torch.float32
+
+    @property
     def prediction(self) -> Literal["eps", "v"]:
         """What the network predicts. Raises UnsupportedModelError for flow-matching and other kinds."""
         sampling = self._model.get_model_object("model_sampling")
@@ -85,7 +109,7 @@ class ComfyHost:
 
     def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
         """See ``TextHost.encode``."""
-        return text_side.encode(self._clip, prompts, word, pooled=self._wants_pooled)
+        return text_side.encode(self._clip, prompts, word, pooled=self.wants_pooled)
 
     def token_embeddings(self, text: str) -> dict[str, Tensor]:
         """See ``TextHost.token_embeddings``."""
@@ -163,7 +187,7 @@ class ComfyHost:
     ) -> Tensor:
         """x0 by the network with these transformer options; ``sizes`` as for ``denoise``."""
         model, extra = self._model.model, {}
-        if self._wants_pooled:
+        if self.wants_pooled:
             extra["y"] = self._size_conditioning(noisy, text, sizes)
         context = text.context.to(noisy.device)
         return model.apply_model(noisy, sigma, c_crossattn=context, transformer_options=options, **extra)
@@ -207,10 +231,8 @@ class ComfyHost:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            if _own_compute_dtype(self._model) == torch.float16:
-                # Gradients of target values are far below what float16 can hold.
-                brain_float = comfy.model_management.should_use_bf16(self.device)
-                self._model.set_model_compute_dtype(torch.bfloat16 if brain_float else torch.float32)
+            if (dtype := self.compute_dtype) != _own_compute_dtype(self._model):
+                self._model.set_model_compute_dtype(dtype)
             stack.callback(self._put_back)
             # Training needs room for activations: whatever else is loaded makes way.
             self.reload(_EVERYTHING)
@@ -220,7 +242,7 @@ class ComfyHost:
             self._make_ordinary()
             stack.enter_context(_differentiable_encoders(self._clip.cond_stage_model))
             if gradient_checkpointing:
-                stack.enter_context(_checkpointed(self._model.model.diffusion_model))
+                stack.enter_context(checkpointed(self._model.model.diffusion_model))
             stack.enter_context(_host_in_training())
             yield
 
@@ -256,7 +278,8 @@ class ComfyHost:
         return "load_model" in vars(self._clip)
 
     @property
-    def _wants_pooled(self) -> bool:
+    def wants_pooled(self) -> bool:
+        """Whether the network wants pooled encodings and sizes, as SDXL's does."""
         return getattr(self._model.model, "adm_channels", 0) > 0
 
     def _table(self, encoder: str) -> Tensor:
@@ -355,9 +378,14 @@ def _differentiable_encoders(cond_stage_model: torch.nn.Module) -> Any:
     return _replaced_forwards({layer: partial(out_of_place, layer) for layer in layers})
 
 
-def _checkpointed(diffusion_model: torch.nn.Module) -> Any:
+def blocks_of(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The residual blocks and spatial transformers of a network."""
+    return [m for m in diffusion_model.modules() if isinstance(m, (ResBlock, comfy_attention.SpatialTransformer))]
+
+
+def checkpointed(diffusion_model: torch.nn.Module) -> Any:
     """Activations inside residual blocks and spatial transformers are computed again in the backward pass."""
-    blocks = [m for m in diffusion_model.modules() if isinstance(m, (ResBlock, comfy_attention.SpatialTransformer))]
+    blocks = blocks_of(diffusion_model)
     return _replaced_forwards({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks})
 
 
