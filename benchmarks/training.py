@@ -38,7 +38,8 @@ TABLE = {
     "prompts encoded each sample": "one encoding for each sample, as a loop over samples has it",
     "micro batches of 1": "the batch one after the other",
     "gradients of frozen weights": "weights are not told that nobody trains them",
-    "fused attention": "the kernel in place of plain products",
+    "fused attention": "the kernel for all maps of attention",
+    "plain attention": "products and a softmax for all maps of attention",
     "gradient checkpointing": "activations are computed again",
     "channels last": "convolutions in the other memory layout",
     "compiled": "torch.compile",
@@ -293,15 +294,18 @@ def _gradients_of_frozen_weights(pack: Any, host: Any, trainer: Any, photos: tor
             network.requires_grad_(False)
 
 
-@contextmanager
-def _fused_attention(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
-    from comfy.ldm.modules.attention import attention_pytorch
+def _attention(kernel: str) -> Any:
+    @contextmanager
+    def change(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
+        import comfy.ldm.modules.attention
 
-    def fused(chosen: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return attention_pytorch(*args, **kwargs)
+        def alone(chosen: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return getattr(comfy.ldm.modules.attention, kernel)(*args, **kwargs)
 
-    with _attribute(pack.module("perfusion.hosts.comfyui.training"), "_differentiable_attention", fused):
-        yield
+        with _attribute(pack.module("perfusion.hosts.comfyui.training"), "_differentiable_attention", alone):
+            yield
+
+    return change
 
 
 @contextmanager
@@ -321,7 +325,8 @@ _CHANGES: dict[str, Any] = {
     "photos encoded each step": _photos_each_step,
     "prompts encoded each sample": _prompts_each_sample,
     "gradients of frozen weights": _gradients_of_frozen_weights,
-    "fused attention": _fused_attention,
+    "fused attention": _attention("attention_pytorch"),
+    "plain attention": _attention("attention_basic"),
     "channels last": _channels_last,
     "compiled": _compiled,
 }

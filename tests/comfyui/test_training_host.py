@@ -208,3 +208,27 @@ def test_a_model_for_inpainting_is_refused_by_name(comfy_host: ComfyHost) -> Non
     structure = comfy_host.module("perfusion.hosts.comfyui.structure")
     with pytest.raises(structure.UnsupportedModelError, match="input 'model' is one for inpainting"):
         comfy_host.module("perfusion.hosts.comfyui.training").ComfyHost(parts.model, parts.clip, parts.vae)
+
+
+@pytest.mark.parametrize(("side", "kernel"), [(8, "attention_basic"), (32, "attention_pytorch")])
+def test_maps_of_attention_are_not_kept_where_they_are_large(
+    comfy_host: ComfyHost, monkeypatch: pytest.MonkeyPatch, side: int, kernel: str
+) -> None:
+    """Each gives the same numbers and gradients, so only what is chosen can be seen."""
+    import comfy.ldm.modules.attention as attention
+
+    module, chosen = comfy_host.module("perfusion.hosts.comfyui.training"), []
+    for name in ("attention_basic", "attention_pytorch"):
+        own = getattr(attention, name)
+        monkeypatch.setattr(
+            attention, name, lambda *args, name=name, own=own, **kwargs: (chosen.append(name), own(*args, **kwargs))[1]
+        )
+    q = torch.randn(1, side * side, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = module._differentiable_attention(None, q, q, q, 2)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q)
+    assert chosen == [kernel]
+    plain = torch.softmax(torch.einsum("bnhd,bmhd->bhnm", *[q.unflatten(-1, (2, 8))] * 2) / 8**0.5, -1)
+    expected = torch.einsum("bhnm,bmhd->bnhd", plain, q.unflatten(-1, (2, 8))).flatten(2)
+    assert torch.allclose(out, expected, atol=1e-5)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), q)
+    assert torch.allclose(gradient, wanted, atol=1e-4)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...training.config import TrainingConfig
 from .structure import encoder_widths
-from .training import ComfyHost, blocks_of, checkpointed
+from .training import ComfyHost, blocks_of, checkpointed, is_faster_plain
 
 _GIB = 1 << 30
 _TOKENS = 77
@@ -100,12 +100,16 @@ def _run(host: ComfyHost, network: Any, batch: int, side: int, dtype: torch.dtyp
     empty = partial(torch.empty, dtype=dtype, device="meta")
     further = {"y": empty(batch, model.adm_channels)} if host.wants_pooled else {}
     on_cpu = comfy.model_management.is_device_cpu(host.device)
-    attention = comfy_attention.attention_basic if on_cpu else _fused
+
+    def attention(chosen: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain = on_cpu and is_faster_plain(q, k)
+        return (comfy_attention.attention_basic if plain else _fused)(q, k, *args, **kwargs)
+
     network(
         empty(batch, model.latent_format.latent_channels, side, side),
         torch.empty(batch, device="meta"),
         context=empty(batch, _TOKENS, host.family.context_width, requires_grad=True),
-        transformer_options={"optimized_attention_override": lambda chosen, *a, **k: attention(*a, **k)},
+        transformer_options={"optimized_attention_override": attention},
         **further,
     )
 

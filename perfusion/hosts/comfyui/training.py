@@ -28,6 +28,7 @@ from .attention import watching
 from .structure import UnsupportedModelError, encoder_widths, family_of, projections
 
 _EVERYTHING = 10**20  # bytes
+_LARGE_MAP = 512 * 512  # of attention, in numbers for each head
 _PIXELS = 8  # along each side of a latent pixel, as the host counts when it tells SDXL the size of a picture
 _PROBES = ("a photo of a cat", "Two red chairs, by the sea; 1987!")
 
@@ -286,14 +287,20 @@ class ComfyHost:
         return getattr(self._clip.cond_stage_model, encoder).transformer.get_input_embeddings().weight
 
 
-def _differentiable_attention(chosen: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """In place of the attention the host was started with, some of which have no backward pass.
-
-    On CPUs the fused kernel's backward pass takes longer than the plain products.
-    """
-    plain = comfy.model_management.is_device_cpu(q.device)
+def _differentiable_attention(chosen: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """In place of the attention the host was started with, some of which have no backward pass."""
+    plain = comfy.model_management.is_device_cpu(q.device) and is_faster_plain(q, k)
     kernel = comfy_attention.attention_basic if plain else comfy_attention.attention_pytorch
-    return kernel(q, *args, **kwargs)
+    return kernel(q, k, *args, **kwargs)
+
+
+def is_faster_plain(q: Tensor, k: Tensor) -> bool:
+    """Whether plain products take less time on a CPU than the fused kernel, whose backward pass is slow there.
+
+    Of q (b, n, w) or (b, heads, n, w), and k likewise. Large maps are another matter: writing and reading them takes
+    longer than any kernel (``benchmarks.training`` at 128 and 256 pixels), and much memory.
+    """
+    return q.shape[-2] * k.shape[-2] < _LARGE_MAP
 
 
 def _static_clone(thing: Any, patcher: Any) -> Any:
