@@ -28,9 +28,10 @@ def load_host(model: Path, config: Path | None, device: torch.device, dtype: tor
             pipeline = StableDiffusionPipeline.from_single_file(str(model), config=str(config), **plain)
         else:
             pipeline = StableDiffusionPipeline.from_pretrained(str(model), use_safetensors=True, **plain)
-    pipeline.to(torch.float32)
-    pipeline.unet.to(dtype)
-    return DiffusersHost(pipeline.to(device))
+        pipeline.to(torch.float32)
+        pipeline.unet.to(dtype)
+        pipeline.to(device)
+    return DiffusersHost(pipeline)
 
 
 @contextmanager
