@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .host import comfyui, random_concepts, random_unet, say
+from .host import comfyui, now, random_concepts, random_unet, say
 
 COUNTS = (0, 1, 2, 8, 16)
 
@@ -93,13 +93,9 @@ def measure(pack: Any, full: bool, rounds: int, steps: int) -> dict[str, Any]:
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
     """Wall and CPU seconds."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = now(), time.process_time()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return now() - wall, time.process_time() - cpu
 
 
 if __name__ == "__main__":

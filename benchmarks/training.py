@@ -18,7 +18,6 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .host import comfyui, say
+from .host import comfyui, now, say
 
 WORD, KIND = "<my-teddy>", "teddy bear"
 PHOTOS = 4
@@ -151,12 +150,6 @@ def run_one(pack: Any, name: str, steps: int, pixels: int) -> dict[str, Any]:
     }
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _forget_peak() -> None:
     """Let memory be counted from here on: loading a checkpoint may take more than any training."""
     if torch.cuda.is_available():
@@ -199,7 +192,7 @@ def _lora(
         "gradient_checkpointing": "checkpointed" in name,
     }
     ends: list[float] = []
-    comfy.utils.set_progress_bar_global_hook(lambda *_, **__: ends.append(_now()))
+    comfy.utils.set_progress_bar_global_hook(lambda *_, **__: ends.append(now()))
     _forget_peak()
     with torch.inference_mode():
         node.execute([model], [latents], [positive], **{key: [value] for key, value in settings.items()})
@@ -236,7 +229,7 @@ def _ours(
         _forget_peak()
         for _ in range(steps):
             trainer.step()
-            ends.append(_now())
+            ends.append(now())
     return batch, ends
 
 
@@ -284,7 +277,7 @@ def _prompts_each_sample(pack: Any, host: Any, trainer: Any, photos: torch.Tenso
 
 @contextmanager
 def _gradients_of_frozen_weights(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
-    networks = (host._model.model.diffusion_model, host._clip.cond_stage_model)
+    networks = (host.model.model.diffusion_model, host.clip.cond_stage_model)
     for network in networks:
         network.requires_grad_(True)
     try:
@@ -310,13 +303,13 @@ def _attention(kernel: str) -> Any:
 
 @contextmanager
 def _channels_last(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
-    host._model.model.diffusion_model.to(memory_format=torch.channels_last)
+    host.model.model.diffusion_model.to(memory_format=torch.channels_last)
     yield
 
 
 @contextmanager
 def _compiled(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
-    network = host._model.model.diffusion_model
+    network = host.model.model.diffusion_model
     with _attribute(network, "forward", torch.compile(network.forward, dynamic=False)):
         yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from ..perfusion.concept import check_placeholder, file_stem
-from ..perfusion.corpus import load_captions, paper_templates
+from ..perfusion.corpus import paper_templates
 from ..perfusion.edit import FORMS
 from ..perfusion.hosts.comfyui import library
 from ..perfusion.hosts.comfyui.memory import require_memory
@@ -20,8 +19,8 @@ from ..perfusion.hosts.comfyui.progress import TrainingView, progress_on
 from ..perfusion.hosts.comfyui.scoring import ClipSimilarity
 from ..perfusion.hosts.comfyui.training import ComfyHost
 from ..perfusion.stack import ConceptStack, ConceptUse
-from ..perfusion.statistics import ESTIMATORS, cached
-from ..perfusion.training.checkpoint import goes_on, photos_digest
+from ..perfusion.statistics import ESTIMATORS, cached, captions_for
+from ..perfusion.training.checkpoint import own_file
 from ..perfusion.training.config import RATES, TrainingConfig
 from ..perfusion.training.dataset import prepare
 from ..perfusion.training.masks import attention_masks, dimmed
@@ -401,14 +400,8 @@ def _state(trainer: Trainer, resume: str) -> Path:
     if resume not in RESUME:
         with naming(NODE, "resume"):
             return library.find_training(resume)
-    # Files are compared with a tolerance, for other cards compute slightly other numbers; going on by itself is for the
-    # very same photos only.
-    stem = f"{file_stem(trainer.subject.placeholder)}-{photos_digest(trainer.photos)[:8]}"
-    for number in itertools.count(1):
-        path = library.training_folder() / f"{stem if number == 1 else f'{stem}_{number}'}.safetensors"
-        if not path.exists() or (resume == RESUME[0] and goes_on(path, trainer)):
-            return path
-    raise AssertionError("unreachable")
+    name = file_stem(trainer.subject.placeholder)
+    return own_file(library.training_folder(), name, trainer, resume=resume == RESUME[0])
 
 
 def _finished(run: Run, view: TrainingView) -> Outcome:
@@ -471,11 +464,8 @@ def _flat_masks(batches: list[Any] | None) -> list[Any] | None:
 
 
 def _corpus(host: ComfyHost, name: str, size: int) -> list[str]:
-    """The captions of a file, or the text encoder's own where it brings some, or the pack's."""
-    if name == OWN_CAPTIONS and host.captions is not None:
-        return list(host.captions[:size])
-    path: Path | None = None if name == OWN_CAPTIONS else library.find_corpus(name)
-    return load_captions(path, limit=size)
+    """The captions that the input names."""
+    return captions_for(host, None if name == OWN_CAPTIONS else library.find_corpus(name), size)
 
 
 NODES = [PerfusionTrainConcept, PerfusionPickStep]

@@ -1,4 +1,4 @@
-"""Writing .safetensors files so that nothing of a user is ever overwritten by accident or left half written."""
+"""Writing files so that nothing of a user is ever overwritten by accident or left half written."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def write_atomically(
     Raises FileExistsError when the file exists and ``overwrite`` is off, OSError when it cannot be written.
     """
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    write_bytes_atomically(path, data, overwrite=overwrite)
+
+
+def write_bytes_atomically(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Write any file in one step; raises as ``write_atomically``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:  # that is said of the file alone

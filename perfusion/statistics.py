@@ -19,6 +19,7 @@ from einops import einsum
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .corpus import load_captions
 from .files import write_atomically
 from .hosts.base import Encodings, TextHost, Word
 
@@ -183,6 +184,16 @@ def measure(
         if progress is not None:
             progress(min(start + _BATCH, len(captions)), len(captions))
     return TextStatistics.of(moment, len(captions), host.fingerprint, shrinkage)
+
+
+def captions_for(host: TextHost, path: Path | None, limit: int) -> list[str]:
+    """Captions to measure encoders by, ``limit`` at most: those of a file, else the encoders' own, else the package's.
+
+    Raises what ``load_captions`` does.
+    """
+    if path is None and host.captions is not None:
+        return list(host.captions[:limit])
+    return load_captions(path, limit=limit)
 
 
 def cached(

@@ -41,8 +41,6 @@ def _by_comfyui(job: Job, model: Path, comfyui: Path) -> Host:
     if job.device not in (AUTOMATIC, "cpu", "cuda"):
         raise ModelError(f"--device {job.device}: ComfyUI computes on cpu or cuda. Hide cards by CUDA_VISIBLE_DEVICES")
     where = _device(job.device)
-    if str(comfyui) not in sys.path:
-        sys.path.insert(0, str(comfyui))
     try:
         from ..hosts.comfyui.loading import load_host
 

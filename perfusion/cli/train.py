@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from ..concept import file_stem
 from ..concept import load as load_concept
 from ..corpus import load_captions, paper_templates
+from ..files import write_bytes_atomically
 from ..hosts.base import Host
-from ..statistics import cached
-from ..training.checkpoint import goes_on, photos_digest
+from ..statistics import cached, captions_for
+from ..training.checkpoint import own_file
 from ..training.dataset import Photos, prepare
 from ..training.folder import PhotoSet, involved_files, read_folder
 from ..training.masks import attention_masks
@@ -103,7 +101,7 @@ def train(job: Job) -> Result:
     subject = _subject(job, folder)
     require_words(host, subject)
     photos = _photos(job, host, folder)
-    corpus = _corpus(job, host)
+    corpus = captions_for(host, job.corpus, job.corpus_size)
     with progress("measuring the text encoder") as report:
         statistics = cached(host, corpus, job.out / "statistics", report)
     config = job.config
@@ -113,7 +111,7 @@ def train(job: Job) -> Result:
             run = Run(
                 trainer,
                 scorer=LossGateScorer(validation_prompts(host, subject)),
-                state=_state(job, trainer),
+                state=own_file(_kept_in(job), job.name, trainer),
                 every=job.every,
                 patience=job.patience,
                 listeners=[listener],
@@ -178,21 +176,6 @@ def _photos(job: Job, host: Host, folder: PhotoSet) -> Photos:
         return prepare(host, folder.images, masks, job.config.resolution, report, buckets=job.aspect_buckets)
 
 
-def _corpus(job: Job, host: Host) -> list[str]:
-    """The captions of a file, or the text encoder's own where it brings some, or the package's."""
-    if job.corpus is None and host.captions is not None:
-        return list(host.captions[: job.corpus_size])
-    return load_captions(job.corpus, limit=job.corpus_size)
-
-
-def _state(job: Job, trainer: Trainer) -> Path:
-    """The file in which this training is kept: that of the same training before, or a new one."""
-    # Files are compared with a tolerance; the digest sees to it that only the very same photos go on by themselves.
-    stem = f"{job.name}-{photos_digest(trainer.photos)[:8]}"
-    paths = (_kept_in(job) / f"{stem}{'' if k == 1 else f'_{k}'}.safetensors" for k in itertools.count(1))
-    return next(path for path in paths if not path.exists() or goes_on(path, trainer))
-
-
 # --- what was finished before
 
 
@@ -235,13 +218,7 @@ def _keep_record(job: Job, digest: str, result: Result, concept: str) -> None:
         "score": result.score,
         "stopped_early": result.stopped_early,
     }
-    path = _record_of(job, digest)
-    temporary = path.with_name(f".{uuid4().hex}.part")
     try:
-        temporary.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(temporary, path)
+        write_bytes_atomically(_record_of(job, digest), json.dumps(record).encode(), overwrite=True)
     except OSError as error:
         say(f"{job.name}: finished, which could not be noted ({error.strerror or error}): the next call looks again")
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

@@ -11,6 +11,7 @@ slightly other ones from the same.
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Iterable, Mapping
@@ -122,6 +123,17 @@ def goes_on(path: Path, trainer: Trainer) -> bool:
     except (ResumeError, OSError):
         return False
     return True
+
+
+def own_file(folder: Path, name: str, trainer: Trainer, *, resume: bool = True) -> Path:
+    """Where in ``folder`` this training is kept: the file of the very same one before, else one that is not there yet.
+
+    Files are compared with a tolerance, for other cards compute slightly other numbers; going on by itself is for the
+    very same photos only, whose digest is in the file's name. Without ``resume`` none is gone on with.
+    """
+    stem = f"{name}-{photos_digest(trainer.photos)[:8]}"
+    paths = (folder / f"{stem if number == 1 else f'{stem}_{number}'}.safetensors" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists() or (resume and goes_on(path, trainer)))
 
 
 def restore(path: Path, trainer: Trainer) -> dict[str, Any]:
