@@ -114,8 +114,8 @@ def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str]) -> No
 class Directions:
     """What the text side of J concepts needs: the matrices that turn a context into gates. All float32.
 
-    ``detector`` (d, 2j) gives r in its first J columns and a = S G^-1 in the others; ``bias``, ``temperature``,
-    ``strength`` and ``preserving`` are (j,).
+    ``detector`` (d, 2j) gives r in its first J columns and a = S G^-1 in the others; ``preserving`` is (j,), and so are
+    ``bias``, ``temperature`` and ``strength``, or (rows, 1, j) where each row of a batch has gates of its own.
     """
 
     i_star: Tensor
@@ -159,7 +159,21 @@ class Directions:
         )
 
     def __len__(self) -> int:
-        return len(self.bias)
+        return len(self.i_star)
+
+    def varied(self, rows: Sequence[Sequence[Gate]]) -> Directions:
+        """The same with other gates for each row of a batch: ``rows[n]`` holds those of the J concepts in row n.
+
+        Contexts then have as many rows, or a multiple of them, one set after the other, as hosts lay prompts and
+        negative prompts into one batch.
+        """
+        if not rows or any(len(gates) != len(self) for gates in rows):
+            raise ValueError(f"each row needs a gate for each of {len(self)} concepts")
+
+        def table(name: str) -> Tensor:
+            return torch.tensor([[[getattr(gate, name) for gate in gates]] for gates in rows]).to(self.bias)
+
+        return replace(self, bias=table("bias"), temperature=table("temperature"), strength=table("strength"))
 
     def to(self, device: torch.device) -> Directions:
         """The same on another device."""
@@ -174,7 +188,8 @@ class Directions:
             opened = self._opened(r)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
-            return -self.strength * subtracted, self.strength * opened
+            strength = _for_batch(self.strength, len(context))
+            return -strength * subtracted, strength * opened
 
     def gates(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32."""
@@ -184,10 +199,23 @@ class Directions:
 
     def _opened(self, r: Tensor) -> Tensor:
         """Each concept's gate by its own form: (..., j) -> (..., j)."""
-        opened = gate(r, self.bias, self.temperature)
+        bias, temperature = (_for_batch(value, len(r)) for value in (self.bias, self.temperature))
+        opened = gate(r, bias, temperature)
         if not self.any_preserving:
             return opened
-        return torch.where(self.preserving, preserving_gate(r, self.bias, self.temperature), opened)
+        return torch.where(self.preserving, preserving_gate(r, bias, temperature), opened)
+
+
+def _for_batch(values: Tensor, batch: int) -> Tensor:
+    """Settings (j,), which serve any batch, or (rows, 1, j), repeated for each set of rows in the batch."""
+    if values.ndim == 1:
+        return values
+    if batch % len(values):
+        raise ValueError(
+            f"gates were set for the {len(values)} rows of a batch, and {batch} arrived: another extension rearranges "
+            "the batch. Take it out of this model."
+        )
+    return values.repeat(batch // len(values), 1, 1)
 
 
 class _Remembered:

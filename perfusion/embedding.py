@@ -1,10 +1,11 @@
 """Concepts as text, to travel inside a workflow: one line for each, made of its file and how it is applied.
 
     perfusion-concept 1 <my-teddy> bias=0.6,temperature=0.15,strength=1.0,lock=local sha256:6d... 6Aw...
+    perfusion-concept 2 <my-cat> bias=0.6,temperature=0.15,strength=1.0,lock=global,start=0.2,... sha256:ba... Jq...
 
 The parts are a fixed word, the version of this form, the concept's word, its settings, the sha256 of all that stands
-before it and of the file, and the file in base64. Equal concepts with equal settings give equal text; a thumbnail
-stays out.
+before it and of the file, and the file in base64. Version 2 is that of concepts with a key lock of their own or in a
+part of sampling only. Equal concepts with equal settings give equal text; a thumbnail stays out.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from .locking import LOCKS, Lock
 from .stack import MAX_CONCEPTS, ConceptStack, ConceptUse
 
 PREFIX = "perfusion-concept"
-VERSION = 1
+VERSIONS = ("1", "2")
 MAX_CHARACTERS = 4_000_000
 _NUMBERS = ("bias", "temperature", "strength")
+_SCHEDULE = ("start", "end")
 
 
 class EmbeddedConceptError(ValueError):
@@ -31,7 +33,10 @@ class EmbeddedConceptError(ValueError):
 
 
 def to_text(stack: ConceptStack) -> str:
-    """The concepts of a stack as text, in order. Raises EmbeddedConceptError above ``MAX_CHARACTERS``."""
+    """The concepts of a stack as text, in order.
+
+    Raises EmbeddedConceptError above ``MAX_CHARACTERS``, and for a concept with a region.
+    """
     text = "\n".join(map(_line, stack.uses))
     if len(text) > MAX_CHARACTERS:
         raise EmbeddedConceptError(
@@ -60,10 +65,20 @@ def from_text(text: str) -> ConceptStack:
 
 
 def _line(use: ConceptUse) -> str:
+    if use.region is not None:
+        raise EmbeddedConceptError(
+            f"the region of {use.concept.placeholder} is a picture, which no text holds: connect Concept Settings with "
+            "the region behind Embed Concept, not before it."
+        )
     settings = {name: repr(float(getattr(use.gate, name))) for name in _NUMBERS} | {"lock": use.lock}
+    version = VERSIONS[0]
+    if use.lock_fixed or not use.always:
+        version = VERSIONS[1]
+        settings |= {name: repr(float(getattr(use, name))) for name in _SCHEDULE}
+        settings["lock_fixed"] = str(int(use.lock_fixed))
     told = ",".join(f"{name}={value}" for name, value in settings.items())
     file = replace(use.concept, thumbnail="").to_bytes()
-    head = f"{PREFIX} {VERSION} {use.concept.placeholder} {told}"
+    head = f"{PREFIX} {version} {use.concept.placeholder} {told}"
     return f"{head} sha256:{_digest(head, file)} {base64.b64encode(file).decode()}"
 
 
@@ -79,9 +94,10 @@ def _use(line: str, number: int) -> ConceptUse:
             "or clear it and run with the concepts connected."
         )
     version = parts[1] if len(parts) > 1 else ""
-    if version != str(VERSION):
+    if version not in VERSIONS:
         raise EmbeddedConceptError(
-            f"line {number} has format version {version[:20]!r}, and this ComfyUI-Perfusion reads {VERSION}. Update it."
+            f"line {number} has format version {version[:20]!r}, and this ComfyUI-Perfusion reads "
+            f"{' and '.join(VERSIONS)}. Update it."
         )
     damaged = EmbeddedConceptError(
         f"line {number} is damaged: its content is not what its digest says. Open the original workflow again, or "
@@ -99,18 +115,29 @@ def _use(line: str, number: int) -> ConceptUse:
     concept: Concept = from_bytes(file, f"the concept in line {number}")
     if concept.placeholder != parts[2]:
         raise damaged
-    gate, lock = _settings(parts[3], number)
-    return ConceptUse(concept, gate, lock)
+    return _with_settings(concept, version, parts[3], number)
 
 
-def _settings(text: str, number: int) -> tuple[Gate, Lock]:
+def _with_settings(concept: Concept, version: str, text: str, number: int) -> ConceptUse:
     pairs = [part.partition("=") for part in text.split(",")]
     given = {name: value for name, _, value in pairs}
-    if set(given) != {*_NUMBERS, "lock"} or given["lock"] not in LOCKS:
+    further = {*_SCHEDULE, "lock_fixed"} if version == VERSIONS[1] else set()
+    if (
+        set(given) != {*_NUMBERS, "lock", *further}
+        or given["lock"] not in LOCKS
+        or given.get("lock_fixed", "0") not in ("0", "1")
+    ):
         raise EmbeddedConceptError(
             f"line {number} has settings that this version does not know ({text[:80]}). Update ComfyUI-Perfusion."
         )
     try:
-        return Gate(**{name: float(given[name]) for name in _NUMBERS}), cast(Lock, given["lock"])
+        return ConceptUse(
+            concept,
+            Gate(**{name: float(given[name]) for name in _NUMBERS}),
+            cast(Lock, given["lock"]),
+            start=float(given.get("start", 0)),
+            end=float(given.get("end", 1)),
+            lock_fixed=given.get("lock_fixed") == "1",
+        )
     except ValueError as error:
         raise EmbeddedConceptError(f"line {number}: {error}") from None

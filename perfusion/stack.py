@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,24 +21,49 @@ class StackError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class ConceptUse:
-    """A concept and how it is applied."""
+    """A concept and how it is applied.
+
+    A lock that is ``lock_fixed`` stays as it is when all are locked one way. ``start`` and ``end`` are the part of
+    sampling in which it is, as shares of it. ``region`` (height, width), 0 to 1, is where in a picture the model may
+    look for its word; None is everywhere.
+
+    Raises ValueError for settings that make no sense.
+    """
 
     concept: Concept
     gate: Gate = field(default_factory=Gate)
     lock: Lock = "local"
+    start: float = 0.0
+    end: float = 1.0
+    region: Tensor | None = None
+    lock_fixed: bool = False
 
     def __post_init__(self) -> None:
         if self.lock not in LOCKS:
             raise ValueError(f"a key lock is one of {', '.join(LOCKS)}, not {self.lock!r}")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(
+                f"{self.concept.placeholder} would be from {self.start:g} to {self.end:g} of sampling: start and end "
+                "lie between 0 and 1, and start comes first"
+            )
+        if self.region is not None and not (self.region.ndim == 2 and float(self.region.max()) > 0.01):
+            raise ValueError(
+                f"the region of {self.concept.placeholder} is empty: paint white where it may appear, or connect none"
+            )
 
     @property
     def active(self) -> bool:
         """Whether it changes anything."""
-        return self.gate.strength != 0
+        return self.gate.strength != 0 and self.start < self.end
+
+    @property
+    def always(self) -> bool:
+        """Whether it is in all of sampling."""
+        return self.start == 0 and self.end == 1
 
     def locked(self, lock: Lock) -> ConceptUse:
-        """The same with another key lock."""
-        return replace(self, lock=lock)
+        """The same with another key lock, unless it has one of its own."""
+        return self if self.lock_fixed else replace(self, lock=lock)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,24 +109,42 @@ class ConceptStack:
         """Their words, in order."""
         return [use.concept.placeholder for use in self.uses]
 
+    def only(self, chosen: Sequence[bool]) -> ConceptStack:
+        """Those that are chosen, in order."""
+        return ConceptStack(tuple(use for use, taken in zip(self.uses, chosen, strict=True) if taken))
+
+    def changed(self, word: str, change: Callable[[ConceptUse], ConceptUse]) -> ConceptStack:
+        """The same with another use of the concept of one word, or, where ``word`` is empty, of all of them.
+
+        Raises StackError when there is no such word.
+        """
+        word = word.strip().lower()
+        if word and word not in [placeholder.lower() for placeholder in self.placeholders]:
+            known = ", ".join(self.placeholders) or "none"
+            raise StackError(f"there is no concept {word} among those that arrive: {known}")
+        uses = [change(use) if word in ("", use.concept.placeholder.lower()) else use for use in self.uses]
+        return ConceptStack(tuple(uses))
+
     def locked(self, lock: Lock) -> ConceptStack:
-        """The same with all keys locked one way."""
+        """The same with all keys locked one way, but for those that have a lock of their own."""
         return ConceptStack(tuple(use.locked(lock) for use in self.uses))
 
-    def edit(self) -> KeyValueEdit:
-        """The edit of keys and values that these concepts make together.
+    def edit(self, rows: Sequence[Sequence[Gate]] | None = None) -> KeyValueEdit:
+        """The edit of keys and values that these concepts make together; with other gates for each row of a batch,
+        where ``rows`` gives them (``Directions.varied``).
 
         Raises ParallelConceptsError when two of them cannot be told apart.
         """
         concepts = self.concepts
+        directions = Directions.of(
+            torch.stack([c.i_star for c in concepts]),
+            torch.stack([c.d_star for c in concepts]),
+            [use.gate for use in self.uses],
+            [c.form for c in concepts],
+            [c.placeholder for c in concepts],
+        )
         return KeyValueEdit(
-            Directions.of(
-                torch.stack([c.i_star for c in concepts]),
-                torch.stack([c.d_star for c in concepts]),
-                [use.gate for use in self.uses],
-                [c.form for c in concepts],
-                [c.placeholder for c in concepts],
-            ),
+            directions if rows is None else directions.varied(rows),
             torch.stack([c.e_super for c in concepts]),
             {layer: torch.stack([c.o_star_v[layer] for c in concepts]) for layer in concepts[0].family.layers},
             [use.lock for use in self.uses],

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..hosts.base import Encodings, TextHost, Word
+from ..regions import sizes_of
 
 _AT_ONCE = 4  # pictures in the network together
 MOST_PLACES = 1600  # beyond, self-attention is left out: its matrix grows with their square, to 10 MB a picture here
@@ -32,7 +33,7 @@ class WordAttention:
     def __init__(self, word: Tensor, size: Size):
         self._word = word
         self._size = size
-        self._sizes = _halves(size)
+        self._sizes = sizes_of(*size)
         self._cross: dict[Size, tuple[Tensor, int]] = {}
         self._own: dict[Size, tuple[Tensor, int]] = {}
 
@@ -106,15 +107,6 @@ def _attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """Softmaxed attention (b, t, m), mean over the heads, in float32."""
     q, k = (rearrange(x.float(), "b t (n i) -> b n t i", n=heads) for x in (q, k))
     return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(1)
-
-
-def _halves(size: Size) -> dict[int, Size]:
-    """Number of places -> height and width, of the latents and their halves, rounded up as strided layers do."""
-    sizes = {}
-    while size not in sizes.values():
-        sizes[_places(size)] = size
-        size = -(-size[0] // 2), -(-size[1] // 2)
-    return sizes
 
 
 def _places(size: Size) -> int:

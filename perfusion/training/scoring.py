@@ -246,7 +246,7 @@ class PictureScorer:
         """Embeddings (n, e) of the prompts with the super-category in the word's place."""
         kind = concept.super_category
         if kind not in self._texts:
-            plain = [_renamed(prompt, concept.placeholder, kind) for prompt in self.draw.prompts]
+            plain = [renamed(prompt, concept.placeholder, kind) for prompt in self.draw.prompts]
             embedded = self._similarity.texts(plain)
             if embedded is None:
                 raise ValueError("the text encoder that pictures are judged by has gone")
@@ -354,7 +354,7 @@ def _most_varied(texts: Sequence[str], count: int) -> list[str]:
     return [texts[k] for k in chosen]
 
 
-def _renamed(prompt: str, word: str, kind: str) -> str:
+def renamed(prompt: str, word: str, kind: str) -> str:
     """A prompt with another name for the thing, and the article that goes with it."""
     blank = re.sub(re.escape(word), "\0", prompt, flags=re.IGNORECASE)
     renamed = captions_renaming([blank], "\0", kind)

@@ -89,7 +89,7 @@ def flipped(text: str, place: int) -> str:
     ("text", "message"),
     [
         (changed(0, "hello"), "line 2 is no embedded concept.*clear it and run"),
-        (changed(1, "2"), "line 2 has format version '2'.*reads 1. Update"),
+        (changed(1, "3"), "line 2 has format version '3'.*reads 1 and 2. Update"),
         (changed(1, ""), "line 2 has format version"),
         (changed(2, "<my-dog>"), "line 2 is damaged.*Open the original workflow"),
         (changed(3, "bias=0.1,temperature=0.15,strength=1.0,lock=local"), "line 2 is damaged"),

@@ -9,31 +9,55 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor
 
-from ...edit import KeyValueEdit
+from ...edit import Gate, KeyValueEdit
 from ...stack import ConceptStack, shut_words
+from .regions import confined
 from .structure import projections
 from .text import KEY, KEY_SHIFT, KeyShift
 
 logger = logging.getLogger(__name__)
 
+Rows = Sequence[Sequence[Gate]]
+
+_OPTIONS_PLACE = 5  # of transformer_options among the arguments of the host's apply_model
+
 
 class Applied:
-    """What is applied to one patcher, as its attachment; a clone of the patcher gets a copy of its own."""
+    """What is applied to one patcher, as its attachment; a clone of the patcher gets a copy of its own.
 
-    def __init__(self, stack: ConceptStack):
+    ``rows``: gates of each concept for each row of a batch, see ``ConceptStack.edit``. ``edit`` is what is in force:
+    that of all concepts, but for the time of one call of the network that of those which are in at its level of noise.
+    """
+
+    def __init__(self, stack: ConceptStack, rows: Rows | None = None):
         self.stack = stack
+        self.rows = rows
         self.told_of_fallback = False
-        self.edit: KeyValueEdit | None = stack.edit() if len(stack) else None
+        self.edit: KeyValueEdit | None = stack.edit(rows) if len(stack) else None
+        self.scheduled = not all(use.always for use in stack.uses)
+        self.has_regions = any(use.region is not None for use in stack.uses)
+        self._edits: dict[tuple[bool, ...], KeyValueEdit | None] = {(True,) * len(stack): self.edit}
 
     def on_model_patcher_clone(self) -> Applied:
         """Called by the host when it clones a patcher."""
-        return Applied(self.stack)
+        return Applied(self.stack, self.rows)
+
+    def edit_of(self, chosen: tuple[bool, ...]) -> KeyValueEdit | None:
+        """The edit of some of the concepts, None for none of them."""
+        if chosen not in self._edits:
+            some = self.stack.only(chosen)
+            rows = self.rows and [list(compress(gates, chosen)) for gates in self.rows]
+            self._edits[chosen] = some.edit(rows) if len(some) else None
+        return self._edits[chosen]
 
 
 class _Forward:
@@ -123,24 +147,63 @@ def _nothing(patcher: Any) -> None:
     """Stands in for an injection that happens later: see ``attach``."""
 
 
-def _with_key_shift(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hands the shift that came with the conditioning to the edit in force, around one call of the network."""
+def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around one call of the network: those concepts are in whose part of sampling it is, the words of those with a
+    region are looked for there only, and the shift that came with the conditioning is handed to the edit in force.
+    """
     shift = kwargs.pop(KEY_SHIFT, None)
     patcher = getattr(executor.class_obj, "current_patcher", None)
     owner = patcher.get_attachment(KEY) if patcher is not None else None
     if owner is None or owner.edit is None:
         return executor(*args, **kwargs)
+    if not owner.scheduled and not owner.has_regions:
+        return _with_key_shift(owner, shift, executor, args, kwargs)
+    everything, chosen = owner.edit, _in_turn(owner.stack, args[1], executor.class_obj.model_sampling)
+    owner.edit = owner.edit_of(chosen)
+    try:
+        if owner.edit is None:
+            return executor(*args, **kwargs)
+        regions = [use.region for use in owner.stack.only(chosen).uses]
+        if any(region is not None for region in regions):
+            args, kwargs = _with_options(args, kwargs, partial(confined, edit=owner.edit, regions=regions))
+        return _with_key_shift(owner, shift, executor, args, kwargs)
+    finally:
+        owner.edit = everything
+
+
+def _in_turn(stack: ConceptStack, sigma: Tensor, sampling: Any) -> tuple[bool, ...]:
+    """Which concepts are in at a level of noise, as the host counts parts of sampling."""
+    level = float(sigma.max())
+    return tuple(
+        sampling.percent_to_sigma(use.start) >= level and (use.end == 1 or level > sampling.percent_to_sigma(use.end))
+        for use in stack.uses
+    )
+
+
+def _with_options(
+    args: tuple[Any, ...], kwargs: dict[str, Any], changed: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of the network with other transformer options, by name or in their place."""
+    if len(args) > _OPTIONS_PLACE:
+        options = changed(args[_OPTIONS_PLACE])
+        return (*args[:_OPTIONS_PLACE], options, *args[_OPTIONS_PLACE + 1 :]), kwargs
+    return args, {**kwargs, "transformer_options": changed(kwargs.get("transformer_options") or {})}
+
+
+def _with_key_shift(owner: Applied, shift: Tensor | None, executor: Any, args: Any, kwargs: Any) -> Any:
+    assert owner.edit is not None
     if shift is None and "global" in owner.edit.key_lock.locks and not owner.told_of_fallback:
         owner.told_of_fallback = True
         logger.info(
             "Key lock 'global' needs prompts encoded by the CLIP of Apply Concepts and passed on as they are; for "
             "others, and with extensions that rearrange them, 'local' is used."
         )
-    owner.edit.key_lock.shift = shift
+    edit = owner.edit
+    edit.key_lock.shift = shift
     try:
         return executor(*args, **kwargs)
     finally:
-        owner.edit.key_lock.shift = None
+        edit.key_lock.shift = None
 
 
 def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) -> None:
@@ -172,7 +235,7 @@ def _before_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return executor(*args, **kwargs)
 
 
-_WRAPPERS = {WrappersMP.APPLY_MODEL: _with_key_shift, WrappersMP.OUTER_SAMPLE: _before_sampling}
+_WRAPPERS = {WrappersMP.APPLY_MODEL: _around_network, WrappersMP.OUTER_SAMPLE: _before_sampling}
 
 
 def attach(patcher: Any, applied: Applied) -> None:
@@ -208,4 +271,16 @@ def apply_to_model(model: Any, stack: ConceptStack) -> Any:
     if len(stack):
         before = model.get_attachment(KEY) or Applied(ConceptStack())
         attach(clone, Applied(before.stack + stack))
+    return clone
+
+
+def with_rows(model: Any, rows: Rows) -> Any:
+    """A clone of a MODEL that carries concepts, with gates of their own for each row of a batch: ``rows[n][j]``.
+
+    The last concepts are meant where a row has fewer gates than the model has concepts.
+    """
+    clone = model.clone()
+    stack = model.get_attachment(KEY).stack
+    first = [use.gate for use in stack.uses[: len(stack) - len(rows[0])]]
+    attach(clone, Applied(stack, [[*first, *gates] for gates in rows]))
     return clone

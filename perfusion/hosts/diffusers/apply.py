@@ -32,12 +32,19 @@ def apply(pipeline: Any, stack: ConceptStack) -> Iterator[None]:
     inpainting, ControlNet. Load adapters (LoRA, IP-Adapter) before, not within the block.
 
     Raises UnsupportedPipelineError for other pipelines, StackError for a concept of another family,
-    ParallelConceptsError for concepts that cannot be told apart, RuntimeError inside another such block.
+    ParallelConceptsError for concepts that cannot be told apart, RuntimeError inside another such block,
+    NotImplementedError for a concept with a region or in a part of sampling only.
     """
     stack = stack.active
     if not len(stack):
         yield
         return
+    for use in stack.uses:
+        if use.region is not None or not use.always:
+            raise NotImplementedError(
+                f"{use.concept.placeholder} has a region or a schedule, which pipelines of diffusers do not tell their "
+                "layers: apply it without"
+            )
     require_fit(family_of(pipeline), stack)
     projections = EditedProjections(pipeline.unet)
     with projections.installed():

@@ -1,0 +1,68 @@
+"""Keeping the model from looking for a concept's word outside its region, through transformer options of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...edit import KeyValueEdit
+from ...regions import attention_bias, sizes_of
+
+
+def confined(options: dict[str, Any], *, edit: KeyValueEdit, regions: Sequence[Tensor | None]) -> dict[str, Any]:
+    """Transformer options with which cross-attention looks for the words of an edit's concepts in their regions.
+
+    ``regions`` are (height, width) of the whole picture, None for a concept that may be anywhere. What other extensions
+    have put into the options stays: their patches come first, and their attention does the work.
+    """
+    layers = _Layers(edit, regions, options.get("optimized_attention_override"))
+    patches = dict(options.get("patches", {}))
+    patches["attn2_patch"] = [*patches.get("attn2_patch", []), layers.announce]
+    return {**options, "patches": patches, "optimized_attention_override": layers.attend}
+
+
+class _Layers:
+    """The calls of a network's attention, in order; each cross-attention is announced by the patch before it."""
+
+    def __init__(self, edit: KeyValueEdit, regions: Sequence[Tensor | None], following: Callable[..., Tensor] | None):
+        self._edit, self._regions, self._following = edit, regions, following
+        self._context: Tensor | None = None
+        self._size: tuple[int, int] | None = None
+        self._biases: dict[tuple[int, int], Tensor | None] = {}
+        self._gates: Tensor | None = None
+
+    def announce(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The host's patch before a block's cross-attention, which changes nothing."""
+        height, width = extra["original_shape"][-2:]
+        size = sizes_of(height, width).get(n.shape[1])
+        # All layers look at one context, unless another patch hands over its own.
+        if context is not self._context:
+            self._context, self._biases = context, {}
+            self._gates = self._edit.directions_on(context.device).gates(context)[1]
+        self._size = size
+        return n, context, value
+
+    def attend(
+        self, chosen: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """In place of the host's attention, which does the work."""
+        size, self._size = self._size, None
+        crossed = size is not None and self._context is not None and k.shape[:2] == self._context.shape[:2]
+        if size is not None and crossed and q.shape[1] == size[0] * size[1]:
+            bias = self._bias(size)
+            mask = args[0] if args else kwargs.pop("mask", None)
+            if bias is not None:
+                bias = bias.to(q)
+                mask = bias if mask is None else mask + bias
+            args = (mask, *args[1:])
+        if self._following is not None:
+            return self._following(chosen, q, k, v, heads, *args, **kwargs)
+        return chosen(q, k, v, heads, *args, **kwargs)
+
+    def _bias(self, size: tuple[int, int]) -> Tensor | None:
+        if size not in self._biases:
+            assert self._gates is not None
+            self._biases[size] = attention_bias(self._gates, self._regions, size)
+        return self._biases[size]
