@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..perfusion.hosts.comfyui import library
-from . import concepts, inspect, miniature, photos, share, train
+from . import concepts, explore, inspect, miniature, photos, score, settings, share, train
 
 
 class PerfusionExtension(ComfyExtension):
@@ -14,4 +14,5 @@ class PerfusionExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, and, once, the folders where concepts lie."""
         library.register()
-        return [*photos.NODES, *train.NODES, *concepts.NODES, *share.NODES, *inspect.NODES, *miniature.NODES]
+        modules = (photos, train, concepts, settings, share, inspect, explore, score, miniature)
+        return [node for module in modules for node in module.NODES]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -13,6 +13,8 @@ from torch.nn.functional import interpolate
 
 Concepts = io.Custom("PERFUSION_CONCEPTS")
 Training = io.Custom("PERFUSION_TRAINING")  # perfusion.training.run.Outcome
+
+TradeOffs = io.Custom("PERFUSION_TRADE_OFF")  # perfusion.tradeoff.TradeOff
 
 SHOWN_SIDE = 512
 
@@ -49,3 +51,8 @@ def naming(node: str, input_name: str | None = None) -> Iterator[None]:
         raise ValueError(f"{place(error)}: {error}") from error
     except OSError as error:
         raise OSError(f"{place(error)}: {error.strerror or error}") from error
+
+
+def flat(batches: Sequence[Tensor | None] | None) -> list[Tensor]:
+    """The pictures of any number of IMAGE batches, of any sizes, one by one."""
+    return [picture for batch in batches or () if batch is not None for picture in batch]

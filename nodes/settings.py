@@ -119,7 +119,7 @@ class PerfusionLoadConcept(io.ComfyNode):
         """See ``web/docs/PerfusionLoadConcept.md``."""
         return schema(
             node_id="PerfusionLoadConcept",
-            display_name=LOAD,
+            display_name="Load Concept",
             category="Perfusion/concepts",
             description="Loads one concept with all its settings, and hands it on together with those that arrive: "
             "chain one for each.",
@@ -171,7 +171,7 @@ class PerfusionConceptSettings(io.ComfyNode):
         """See ``web/docs/PerfusionConceptSettings.md``."""
         return schema(
             node_id="PerfusionConceptSettings",
-            display_name=SETTINGS,
+            display_name="Concept Settings",
             category="Perfusion/concepts",
             description="Sets strength, bias, temperature, key lock, schedule and region of one concept, or of all "
             "that arrive.",

@@ -207,8 +207,11 @@ class Directions:
 
 
 def _for_batch(values: Tensor, batch: int) -> Tensor:
-    """Settings (j,), which serve any batch, or (rows, 1, j), repeated for each set of rows in the batch."""
-    if values.ndim == 1:
+    """Settings (j,), which serve any batch, or (rows, 1, j), repeated for each set of rows in the batch.
+
+    A single context is looked at with those of every row.
+    """
+    if values.ndim == 1 or batch == 1:
         return values
     if batch % len(values):
         raise ValueError(

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def grid(
     """
     if any(lock not in LOCKS for lock in locks):
         raise TradeOffError(f"a key lock is one of {', '.join(LOCKS)}")
-    axes = [axis or (None,) for axis in (guidance, locks, strength, temperature, bias)]
+    axes: list[Sequence[Any]] = [axis or (None,) for axis in (guidance, locks, strength, temperature, bias)]
     cells = math.prod(len(axis) for axis in axes)
     if cells > MOST_CELLS or cells * pictures > MOST_PICTURES:
         told = " x ".join(str(len(axis)) for axis in reversed(axes) if len(axis) > 1)
@@ -192,7 +192,8 @@ def best(trials: Sequence[Trial], rule: Rule, least_text: float = 0.0) -> Trial:
 def table(trade_off: TradeOff) -> str:
     """The cells and their scores as text, and which of them are on the front."""
     trials = trade_off.trials
-    names = list(dict.fromkeys(name for trial in trials for name in trial.setting.told))
+    axes = [f.name for f in fields(Setting)]
+    names = [axis for axis in axes if len({getattr(trial.setting, axis) for trial in trials}) > 1] or ["bias"]
     scored = [k for k, trial in enumerate(trials) if trial.harmonic is not None]
     points = [(trials[k].image or 0.0, trials[k].text or 0.0) for k in scored]
     front = {scored[k] for k in pareto_front(points)} if scored else set()

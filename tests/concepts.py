@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import tests.miniature_weights as miniature_weights
 from tests.hosts import ComfyHost
 from tests.models import CROSS_ATTENTION_BLOCKS, Parts, Weights
 
@@ -288,3 +290,19 @@ def expected_projection(
 def save_concept(concept: Any, folder: Path, name: str) -> str:
     """Put a concept below a host's models folder; returns its name for Load Concepts."""
     return concept.save(folder / "models" / "perfusion" / f"{name}.safetensors", overwrite=True).name
+
+
+@contextmanager
+def random_miniature(host: ComfyHost, folder: Path) -> Iterator[tuple[Lab, Any]]:
+    """A miniature of random weights in ``folder``, which the nodes load in the block, and its CLIP Vision.
+
+    Random weights say what is computed, whatever the pack's own have learned.
+    """
+    miniature_weights.random(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.module("nodes.miniature"), "FOLDER", folder)
+        host.new_executor()
+        checkpoint = {"checkpoint": {"class_type": "PerfusionMiniature", "inputs": {}}}
+        run = host.execute(checkpoint, keep=[("checkpoint", output) for output in range(4)])
+        yield Lab(host, Parts(*(run["checkpoint", output] for output in range(3)))), run["checkpoint", 3]
+    host.new_executor()

@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-import tests.miniature_weights as miniature_weights
-from tests.concepts import CAT, TEDDY, Lab, save_concept
+from tests.concepts import CAT, TEDDY, Lab, random_miniature, save_concept
 from tests.graphs import node, text_to_image
 from tests.hosts import ComfyHost, Prompt, PromptError, Run
-from tests.models import Parts, miniature_parts
+from tests.models import miniature_parts
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.comfyui
@@ -28,14 +27,8 @@ CHECKPOINT = node("PerfusionMiniature")
 
 @pytest.fixture(scope="module")
 def lab(comfy_host: ComfyHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """Random weights: they say what is computed, whatever the pack's own have learned."""
-    folder = miniature_weights.random(tmp_path_factory.mktemp("miniature"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comfy_host.module("nodes.miniature"), "FOLDER", folder)
-        comfy_host.new_executor()
-        run = comfy_host.execute({"checkpoint": CHECKPOINT}, keep=[("checkpoint", output) for output in range(3)])
-        yield Lab(comfy_host, Parts(*(run["checkpoint", output] for output in range(3))))
-    comfy_host.new_executor()
+    with random_miniature(comfy_host, tmp_path_factory.mktemp("miniature")) as (lab, _):
+        yield lab
 
 
 @pytest.fixture(autouse=True)

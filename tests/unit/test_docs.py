@@ -55,14 +55,16 @@ def nodes() -> dict[str, Node]:
 def _node(schema: ast.Call, module: ast.Module) -> Node:
     texts = _keywords(schema)
     node = Node(_text(texts["display_name"]), _text(texts["description"]))
-    # Rows of inputs that are alike are made by a function of the module, called with their number.
+    # Inputs that nodes share, and rows of inputs that are alike, are made by a function of the module; the latter is
+    # called with their number.
     functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
-    called = {ast.unparse(call.func) for call in _calls(texts["inputs"])}
+    called = {ast.unparse(call.func): bool(call.args) for call in _calls(texts["inputs"])}
     for call in _of_kind(texts["inputs"], "Input"):
         node.inputs[_text(call.args[0])] = _tooltip(call)
-    for function in functions.keys() & called:
+    for function in functions.keys() & called.keys():
         rows = _of_kind(functions[function], "Input")
-        for number in range(1, _constant(module, "MAX_ROWS") + 1 if rows else 0):
+        numbers = range(1, _constant(module, "MAX_ROWS") + 1) if rows and called[function] else [0]
+        for number in numbers:
             node.inputs |= {_text(row.args[0], number): _tooltip(row) for row in rows}
     for call in _of_kind(texts["outputs"], "Output"):
         node.outputs.append(Output(_text(_keywords(call)["display_name"]), _tooltip(call)))

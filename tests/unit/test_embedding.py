@@ -109,9 +109,9 @@ def test_bad_text_is_refused(text: str, message: str) -> None:
         from_text(text)
 
 
-def forged(file: bytes, settings: str = "bias=0.6,temperature=0.15,strength=1.0,lock=local") -> str:
+def forged(file: bytes, settings: str = "bias=0.6,temperature=0.15,strength=1.0,lock=local", version: int = 1) -> str:
     """A line whose digest is right."""
-    head = f"perfusion-concept 1 <my-teddy> {settings}"
+    head = f"perfusion-concept {version} <my-teddy> {settings}"
     return f"{head} sha256:{embedding._digest(head, file)} {base64.b64encode(file).decode()}"
 
 
@@ -156,3 +156,25 @@ def test_what_is_too_large_to_embed_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(embedding, "MAX_CHARACTERS", 1000)
     with pytest.raises(EmbeddedConceptError, match="should not carry more than 1,000. Embed fewer"):
         to_text(stack())
+
+
+def test_a_schedule_and_an_own_lock_go_along_as_version_2() -> None:
+    before = stack(start=0.2, end=0.75, lock="global", lock_fixed=True)
+    text = to_text(before)
+    assert [line.split()[1] for line in text.splitlines()] == ["2", "2"]
+    assert [(u.start, u.end, u.lock, u.lock_fixed) for u in from_text(text).uses] == [(0.2, 0.75, "global", True)] * 2
+    assert [u.lock for u in from_text(text).locked("local").uses] == ["global", "global"]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["start=0.9,end=0.1,lock_fixed=0", "start=nan,end=1,lock_fixed=0", "start=0,end=1", ""]
+)
+def test_settings_of_version_2_are_checked_too(wrong: str) -> None:
+    text = forged(a_concept().to_bytes(), f"bias=0.6,temperature=0.15,strength=1.0,lock=local,{wrong}", version=2)
+    with pytest.raises(EmbeddedConceptError, match="line 1"):
+        from_text(text)
+
+
+def test_a_region_cannot_travel_as_text() -> None:
+    with pytest.raises(EmbeddedConceptError, match="region of <my-teddy>.*behind Embed Concept"):
+        to_text(stack(region=torch.ones(4, 4)))

@@ -144,3 +144,65 @@ def test_families_are_named_by_width() -> None:
     assert [name_of(width) for width in (768, 1024, 2048, 64)] == ["sd1", "sd2", "sdxl", "unet64"]
     assert SDXL.layers["middle_block.1.transformer_blocks.9"] == 1280
     assert (FAMILY.title, FAMILY.architecture) == ("small", "small")
+
+
+# --- one by one: schedules, regions, locks of their own
+
+
+def test_a_lock_of_its_own_stays() -> None:
+    stack = stack_of(1, lock="global", lock_fixed=True) + ConceptStack((ConceptUse(a_concept("<other>", 9)),))
+    assert [use.lock for use in stack.locked("local").uses] == ["global", "local"]
+
+
+@pytest.mark.parametrize(("start", "end"), [(-0.1, 1), (0, 1.1), (0.6, 0.5), (float("nan"), 1), (0, float("nan"))])
+def test_a_schedule_that_makes_no_sense_is_refused(start: float, end: float) -> None:
+    with pytest.raises(ValueError, match="<it-0> would be from .* start comes first"):
+        stack_of(1, start=start, end=end)
+
+
+def test_in_no_part_of_sampling_is_off() -> None:
+    assert len(stack_of(2, start=0.5, end=0.5).active) == 0
+    assert [use.always for use in stack_of(1, end=0.9).uses + stack_of(1).uses] == [False, True]
+
+
+@pytest.mark.parametrize("region", [torch.zeros(4, 4), torch.ones(1, 4, 4)])
+def test_an_empty_region_is_refused(region: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="region of <it-0> is empty: paint white"):
+        stack_of(1, region=region)
+
+
+def test_settings_change_one_concept_or_all() -> None:
+    def weaker(use: ConceptUse) -> ConceptUse:
+        return replace(use, gate=Gate(strength=0.5))
+
+    assert [use.gate.strength for use in stack_of(3).changed(" <IT-1> ", weaker).uses] == [1, 0.5, 1]
+    assert [use.gate.strength for use in stack_of(3).changed("", weaker).uses] == [0.5, 0.5, 0.5]
+    with pytest.raises(StackError, match="no concept <cat> among those that arrive: <it-0>, <it-1>"):
+        stack_of(2).changed("<cat>", weaker)
+
+
+def test_gates_of_their_own_for_each_row() -> None:
+    """A batch of two settings, with a negative prompt's rows behind, is what each setting gives alone."""
+    stack = stack_of(2)
+    layer = next(iter(stack.concepts[0].o_star_v))
+    weight = torch.randn(stack.concepts[0].o_star_v[layer].shape[0], 24)
+    rows = [[Gate(0.2, 0.1, 1.0), Gate(0.9, 0.3, 0.5)], [Gate(0.7, 0.2, 0.0), Gate(0.1, 0.05, 2.0)]]
+    context = torch.randn(4, 7, 24)
+    for path in ("k", "v"):
+        together = stack.edit(rows).project(layer, path, context, lambda x: x @ weight.T)  # type: ignore[arg-type]
+        for k in range(4):
+            uses = [replace(use, gate=gate) for use, gate in zip(stack.uses, rows[k % 2], strict=True)]
+            alone = ConceptStack(tuple(uses)).edit()
+            expected = alone.project(layer, path, context[k : k + 1], lambda x: x @ weight.T)  # type: ignore[arg-type]
+            assert torch.allclose(together[k : k + 1], expected, atol=1e-4)
+
+
+def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
+    stack = stack_of(1)
+    edit = stack.edit([[Gate(0.1)], [Gate(0.2)]])
+    layer = next(iter(stack.concepts[0].o_star_v))
+    with pytest.raises(ValueError, match="set for the 2 rows of a batch, and 3 arrived"):
+        edit.project(layer, "v", torch.randn(3, 5, 24), lambda x: x[..., :2])
+    for wrong in ([], [[Gate(), Gate()]]):
+        with pytest.raises(ValueError, match="a gate for each of 1 concepts"):
+            stack.edit(wrong)

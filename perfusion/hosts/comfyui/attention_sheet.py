@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .lettering import INK, MUTED, PAPER, cut, font, wrapped
+from .lettering import INK, MUTED, PAPER, as_tensor, cut, font, wrapped
 
 _MARGIN, _GAP, _LABEL, _SIDE, _CAPTION = 28, 14, 150, 224, 22
 _HEAT = (232, 76, 10)
@@ -45,7 +45,7 @@ def sheet(image: Tensor, maps: Tensor, words: Sequence[str], at: Sequence[float]
             whole.paste(_heated(image, seen, tile), (left, top))
             told = f"peak {float(seen.max()):.2f}, mean {float(seen.mean()):.2f}"
             pen.text((left, top + tile[1] + 4), told, fill=MUTED, font=font(11))
-    return _as_tensor(whole)
+    return as_tensor(whole)
 
 
 def notice(text: str) -> Tensor:
@@ -55,7 +55,7 @@ def notice(text: str) -> Tensor:
     pen = ImageDraw.Draw(whole)
     for number, line in enumerate(lines):
         pen.text((_MARGIN, _MARGIN + 21 * number), line, fill=MUTED, font=font(14))
-    return _as_tensor(whole)
+    return as_tensor(whole)
 
 
 def _heated(image: Tensor, seen: Tensor, size: tuple[int, int]) -> Image.Image:
@@ -68,7 +68,3 @@ def _heated(image: Tensor, seen: Tensor, size: tuple[int, int]) -> Image.Image:
     heat = 0.8 * ((heat - seen.min()) / seen.max().clamp_min(1e-9)).clamp(0, 1)
     mixed = gray * (1 - heat) + torch.tensor(_HEAT)[:, None, None] / 255 * heat
     return Image.fromarray((mixed.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8))
-
-
-def _as_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).unsqueeze(0)

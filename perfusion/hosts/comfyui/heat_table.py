@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...inspection import PART, ConceptReport, Inspection, Token, listed
-from .lettering import INK, MUTED, PAPER, cut, font, printable, wrapped
+from .lettering import INK, MUTED, PAPER, as_tensor, cut, font, printable, wrapped
 
 _MARGIN, _GAP = 28, 22
 _HEAD, _LINE, _LEGEND = 44, 21, 22
@@ -26,7 +24,7 @@ _STATES = {"appears": "#2a9d5c", "shut": _AFFECTED, "missing": _AFFECTED, "off":
 
 def picture(inspection: Inspection, prompt: str) -> Tensor:
     """An inspection as an IMAGE (1, height, width, 3) in 0..1."""
-    return torch.from_numpy(np.asarray(draw(inspection, prompt), dtype=np.float32) / 255).unsqueeze(0)
+    return as_tensor(draw(inspection, prompt))
 
 
 def draw(inspection: Inspection, prompt: str) -> Image.Image:

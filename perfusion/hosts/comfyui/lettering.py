@@ -1,10 +1,13 @@
-"""Text in pictures, in the font that Pillow brings."""
+"""Text in pictures, in the font that Pillow brings, and pictures as the host passes them on."""
 
 from __future__ import annotations
 
 from functools import cache
 
-from PIL import ImageFont
+import numpy as np
+import torch
+from PIL import Image, ImageFont
+from torch import Tensor
 
 PAPER, INK, MUTED = "#ffffff", "#1f2430", "#747c8c"
 
@@ -44,3 +47,8 @@ def printable(text: str) -> str:
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The font that Pillow brings."""
     return ImageFont.load_default(size)
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """An IMAGE (1, height, width, 3)."""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).unsqueeze(0)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
+from ...stack import ConceptStack
+from ...tradeoff import Trial
+from ...training.scoring import renamed
 from .structure import encoder_widths
 
 # Encoders whose pooled output a CLIP of several hands out come first.
@@ -26,7 +30,8 @@ class ScoringError(ValueError):
 class ClipSimilarity:
     """Embeddings of pictures and texts in one space (``perfusion.training.scoring.Similarity``).
 
-    ``after`` is called when an encoder has been used, which may have pushed other models out of memory.
+    ``after`` is called when an encoder has been used, which may have pushed other models out of memory. Without a
+    ``clip`` only pictures can be embedded.
 
     Raises ScoringError where the two have no such space: a CLIP without its text projection, as in the checkpoints of
     Stable Diffusion 1.x, or one of another width.
@@ -34,7 +39,9 @@ class ClipSimilarity:
 
     def __init__(self, clip_vision: Any, clip: Any, after: Callable[[], None] = lambda: None):
         self._vision, self._clip, self._after = clip_vision, clip, after
-        self._projection = _text_projection(clip)
+        self._projection = None if clip is None else _text_projection(clip)
+        if clip is None:
+            return
         if self._projection is None:
             raise ScoringError(
                 "this CLIP has no text projection, without which a text cannot be compared with pictures: checkpoints "
@@ -58,9 +65,14 @@ class ClipSimilarity:
             self._after()
         return normalize(torch.cat(embeds).float().cpu(), dim=-1)
 
+    def images_of(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Unit vectors (n, e) of pictures (height, width, 3) of any sizes."""
+        return torch.cat([self.images(picture[None, ..., :3]) for picture in pictures])
+
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (n, e) of texts."""
-        assert self._projection is not None  # the constructor refuses a CLIP without
+        if self._projection is None:
+            raise ScoringError("there is no CLIP to compare texts by: connect one.", "score_clip")
         try:
             with torch.no_grad():
                 pooled = torch.cat([self._pooled(prompt) for prompt in prompts]).float().cpu()
@@ -81,6 +93,35 @@ class ClipSimilarity:
                 "clip_vision",
             )
         return projection.shape[0]
+
+
+def per_picture(
+    similarity: ClipSimilarity, pictures: Sequence[Tensor], photos: Sequence[Tensor], texts: Sequence[str]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines (n,) of each picture to the photos, on average, and to its text; None where there is nothing to compare.
+
+    Pictures and photos are (height, width, 3) in 0..1, of any sizes; ``texts`` are one for all, or one for each.
+    """
+    embedded = similarity.images_of(pictures)
+    image = (embedded @ similarity.images_of(photos).T).mean(1) if photos else None
+    text = (embedded * similarity.texts(texts)).sum(1) if texts else None
+    return image, text
+
+
+class Comparison:
+    """Scores trials of a trade-off: likeness to photos, and to the prompt with super-categories for the words."""
+
+    def __init__(self, similarity: ClipSimilarity, photos: Sequence[Tensor], prompt: str, stack: ConceptStack):
+        for concept in stack.concepts:
+            prompt = renamed(prompt, concept.placeholder, concept.super_category)
+        self._similarity, self._photos = similarity, similarity.images_of(photos)
+        self._text = similarity.texts([prompt])
+
+    def scored(self, trial: Trial) -> Trial:
+        """The trial with mean cosines over its pictures."""
+        embedded = self._similarity.images(trial.pictures)
+        image, text = (float((embedded @ other.T).mean()) for other in (self._photos, self._text))
+        return replace(trial, image=image, text=text)
 
 
 def _text_projection(clip: Any) -> Tensor | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -114,7 +112,7 @@ def plot(trade_off: TradeOff) -> Image.Image:
     pen.line([place(points[k]) for k in front], fill=_FRONT, width=2 * scale)
     colored = next((a for a in _AXES[1:] if len({getattr(t.setting, a) for t in trials}) > 1), None)
     values = list(dict.fromkeys(getattr(t.setting, colored) for t in trials)) if colored else [None]
-    marked = {id(_best(trials)): "harmonic mean", id(trials[knee(points)]): "knee"}
+    picks = [("harmonic mean", _best(trials)), ("knee", trials[knee(points)])]
     for k, trial in enumerate(trials):
         x, y = place(points[k])
         color = _COLORS[values.index(getattr(trial.setting, colored)) % len(_COLORS)] if colored else _COLORS[0]
@@ -127,21 +125,17 @@ def plot(trade_off: TradeOff) -> Image.Image:
         )
         told = "" if trial.setting.bias is None else f"{trial.setting.bias:g}"
         pen.text((x + 9 * scale, y - 15 * scale), told, fill=MUTED, font=font(11 * scale))
-        if id(trial) in marked:
+        picked = ", ".join(rule for rule, choice in picks if choice is trial)
+        if picked:
             radius += 4 * scale
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], outline=_BEST, width=scale)
-            pen.text((x + 9 * scale, y + 5 * scale), marked[id(trial)], fill=_BEST, font=font(11 * scale))
+            pen.text((x + 9 * scale, y + 5 * scale), picked, fill=_BEST, font=font(11 * scale))
     if colored:
         for number, value in enumerate(values[:6]):
             left, top = (area[2] - 150) * scale, (area[1] + 6 + 18 * number) * scale
             pen.ellipse([left, top + 3 * scale, left + 8 * scale, top + 11 * scale], fill=_COLORS[number])
             pen.text((left + 14 * scale, top), _told(colored, value), fill=MUTED, font=font(12 * scale))
     return whole.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def as_tensor(image: Image.Image) -> Tensor:
-    """An IMAGE (1, height, width, 3)."""
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).unsqueeze(0)
 
 
 def _best(trials: Sequence[Trial]) -> Trial | None:

@@ -1,0 +1,461 @@
+"""Concepts one by one, with schedules and regions; the trade-off and scores: on a miniature of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.concepts import CAT, TEDDY, Lab, random_miniature, save_concept
+from tests.graphs import node, text_to_image
+from tests.hosts import ComfyHost, Prompt, PromptError
+
+pytest.importorskip("diffusers")
+pytestmark = pytest.mark.comfyui
+
+IMAGE, STACK = ("decode", 0), ("one", 0)
+SETTINGS = {
+    "on": True,
+    "strength": 1.0,
+    "bias": 0.6,
+    "temperature": 0.15,
+    "key_lock": "as Apply Concepts",
+    "start": 0.0,
+    "end": 1.0,
+}
+BOTH = f"a {TEDDY} beside a {CAT}"
+
+
+@pytest.fixture(scope="module")
+def lab(comfy_host: ComfyHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with random_miniature(comfy_host, tmp_path_factory.mktemp("miniature")) as (lab, _):
+        yield lab
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(lab: Lab) -> Iterator[None]:
+    yield
+    lab.forget()
+    lab.assert_untouched()
+
+
+@pytest.fixture(scope="module")
+def files(lab: Lab) -> list[str]:
+    """A teddy and a cat."""
+    concepts = [lab.concept(), lab.concept(CAT, "cat", seed=1)]
+    return [save_concept(concept, lab.host.base, f"explore-{k}") for k, concept in enumerate(concepts)]
+
+
+def one(file: str, **changes: Any) -> dict[str, Any]:
+    return node("PerfusionLoadConcept", file=file, **{**SETTINGS, **changes})
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return node("PerfusionConceptSettings", **{"word": "", **SETTINGS, **changes})
+
+
+def drawing(text: str, concepts: list, nodes: Prompt, key_lock: str = "local") -> Prompt:
+    """A picture with concepts that come out of one of the nodes."""
+    prompt = text_to_image("", text) | {
+        "checkpoint": node("PerfusionMiniature"),
+        "latent": node("PerfusionMiniatureLatent", width=64, height=64, batch_size=1),
+    }
+    links = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "concepts": concepts}
+    prompt |= {**nodes, "apply": node("PerfusionApplyConcepts", key_lock=key_lock, **links)}
+    prompt["sampler"]["inputs"]["model"] = ["apply", 0]
+    for name in ("positive", "negative"):
+        prompt[name]["inputs"]["clip"] = ["apply", 1]
+    return prompt
+
+
+# --- one by one
+
+
+@pytest.mark.parametrize("lock", ["local", "global"])
+def test_a_chain_draws_what_the_rows_draw(comfy_host: ComfyHost, files: list[str], lock: str) -> None:
+    rows = node("PerfusionLoadConcepts", count=2, file_1=files[0], file_2=files[1], bias_1=0.4, strength_2=0.7)
+    chain = {
+        "one": one(files[0], bias=0.4),
+        "two": one(files[1], strength=0.7, key_lock=lock, concepts=["one", 0]),
+    }
+    expected = comfy_host.execute(drawing(BOTH, ["rows", 0], {"rows": rows}, lock), keep=[IMAGE])[IMAGE]
+    assert torch.equal(
+        comfy_host.execute(drawing(BOTH, ["two", 0], chain, lock), keep=[IMAGE])[IMAGE],
+        expected,
+    )
+    settings = {"rows": node("PerfusionLoadConcepts", count=2, file_1=files[0], file_2=files[1])}
+    settings["one"] = changed(word=TEDDY, bias=0.4, concepts=["rows", 0])
+    settings["two"] = changed(word=CAT.upper(), strength=0.7, concepts=["one", 0])
+    assert torch.equal(
+        comfy_host.execute(drawing(BOTH, ["two", 0], settings, lock), keep=[IMAGE])[IMAGE],
+        expected,
+    )
+
+
+def test_a_lock_of_its_own_is_not_overruled(comfy_host: ComfyHost, files: list[str]) -> None:
+    def image(own: str, applied: str) -> torch.Tensor:
+        prompt = drawing(BOTH, ["one", 0], {"one": one(files[0], key_lock=own)}, applied)
+        return comfy_host.execute(prompt, keep=[IMAGE])[IMAGE]
+
+    assert torch.equal(image("global", "local"), image("as Apply Concepts", "global"))
+    assert not torch.equal(image("global", "local"), image("local", "local"))
+
+
+def test_off_is_as_if_it_were_not_there(comfy_host: ComfyHost, files: list[str]) -> None:
+    stack = comfy_host.execute({"one": one("gone.safetensors", on=False)}, keep=[STACK])[STACK]
+    assert len(stack) == 0
+    chain = {"two": one(files[1]), "one": changed(word=CAT, on=False, concepts=["two", 0])}
+    assert len(comfy_host.execute(chain, keep=[STACK])[STACK].active) == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ({"one": one("gone.safetensors")}, "Load Concept, input 'file': there is no concept file 'gone.safetensors'"),
+        ({"one": one("../a.safetensors")}, "Load Concept, input 'file': there is no concept file"),
+        (
+            {"one": one("explore-0.safetensors", start=0.8, end=0.2)},
+            "Load Concept: <my-teddy> would be from 0.8 to 0.2",
+        ),
+        (
+            {"two": one("explore-0.safetensors"), "one": one("explore-0.safetensors", concepts=["two", 0])},
+            "Load Concept: two concepts share the word <my-teddy>",
+        ),
+        (
+            {"two": one("explore-0.safetensors"), "one": changed(word="<dog>", concepts=["two", 0])},
+            "Concept Settings, input 'word': there is no concept <dog> among those that arrive: <my-teddy>",
+        ),
+        (
+            {
+                "mask": node("SolidMask", value=0.0, width=8, height=8),
+                "one": one("explore-0.safetensors", region=["mask", 0]),
+            },
+            "Load Concept.*region of <my-teddy> is empty",
+        ),
+    ],
+)
+def test_bad_settings(comfy_host: ComfyHost, files: list[str], nodes: Prompt, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        comfy_host.execute(nodes, keep=[STACK])
+
+
+# --- schedules
+
+
+def at(lab: Lab, stack: Any, model: Any = None) -> tuple[Any, Any]:
+    combined = lab.host.module("perfusion.hosts.comfyui.combined")
+    return combined.apply_concepts(model or lab.model, lab.clip, stack)
+
+
+def scheduled(lab: Lab, **settings: Any) -> Any:
+    stack = lab.host.module("perfusion.stack")
+    return stack.ConceptStack((stack.ConceptUse(lab.concept(), **settings),))
+
+
+def in_two_parts(lab: Lab, first: Any, second: Any, clip: Any, switch: int) -> torch.Tensor:
+    """Latents of a sampling that goes on with another model after some steps."""
+    advanced = lab.host.nodes["KSamplerAdvanced"]().sample
+    texts = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    latent: Any = {"samples": torch.zeros(1, 4, 8, 8)}
+    with torch.inference_mode():
+        for model, noise, start, end in ((first, "enable", 0, switch), (second, "disable", switch, 1000)):
+            more = "enable" if end == switch else "disable"
+            (latent,) = advanced(model, noise, 0, 4, 4.0, "euler", "normal", *texts, latent, start, end, more)
+    return latent["samples"]
+
+
+@pytest.mark.parametrize("lock", ["local", "global"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_schedule_is_sampling_in_two_parts(lab: Lab, lock: Any, late: bool) -> None:
+    """0.5 of sampling lies between the steps of the second and third noise level."""
+    always, clip = at(lab, scheduled(lab, lock=lock))
+    part, _ = at(lab, scheduled(lab, lock=lock, **({"start": 0.5} if late else {"end": 0.5})))
+    sampling = lab.model.get_model_object("model_sampling")
+    import comfy.samplers
+
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)
+    switch = sum(float(sigma) > sampling.percent_to_sigma(0.5) for sigma in sigmas[:-1])
+    assert 0 < switch < 4
+    models = (lab.model, always) if late else (always, lab.model)
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    found = lab.sample(part, text, negative, steps=4)
+    assert torch.allclose(found, in_two_parts(lab, *models, clip, switch), atol=1e-5)
+    assert not torch.allclose(found, lab.sample(always, text, negative, steps=4), atol=1e-3)
+    assert torch.equal(found, lab.sample(part, text, negative, steps=4)), "queued again"
+
+
+def test_outside_its_schedule_the_network_is_the_host_s_own_bit_for_bit(lab: Lab) -> None:
+    part, clip = at(lab, scheduled(lab, start=0.9999))
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    assert torch.equal(lab.sample(part, text, negative), lab.sample(lab.model, text, negative))
+
+
+def test_of_two_concepts_one_may_leave(lab: Lab) -> None:
+    stack = lab.host.module("perfusion.stack")
+    teddy, cat = lab.concept(), lab.concept(CAT, "cat", seed=1)
+    both = stack.ConceptStack((stack.ConceptUse(teddy), stack.ConceptUse(cat, start=0.9999)))
+    model, clip = at(lab, both)
+    text, negative = lab.encode(clip, BOTH), lab.encode(clip, "blurry")
+    alone = at(lab, scheduled(lab))[0]
+    assert torch.equal(lab.sample(model, text, negative), lab.sample(alone, text, negative))
+
+
+# --- regions
+
+
+def left(size: int = 8) -> torch.Tensor:
+    mask = torch.zeros(size, size)
+    mask[:, : size // 2] = 1
+    return mask
+
+
+class Masks:
+    """Another extension's attention, which writes down the masks it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Any]] = []
+
+    def __call__(self, chosen: Any, q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any) -> Any:
+        mask = args[0] if args else kwargs.get("mask")
+        self.seen.append((q.shape[1], mask))
+        return chosen(q, k, v, heads, *args, **kwargs)
+
+
+def test_a_region_keeps_the_word_inside_and_other_extensions_in_work(lab: Lab) -> None:
+    model, clip = at(lab, scheduled(lab, region=left()))
+    watched, masks, patched = model.clone(), Masks(), []
+    options = watched.model_options["transformer_options"] = dict(watched.model_options.get("transformer_options", {}))
+    options["optimized_attention_override"] = masks
+    watched.set_model_attn2_patch(lambda n, context, value, extra: (patched.append(1), (n, context, value))[1])
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    lab.sample(watched, text, negative)
+    assert patched
+    given = [(places, mask) for places, mask in masks.seen if mask is not None]
+    assert {places for places, _ in given} == {64, 16} and len(given) * 2 == len(masks.seen)
+    for places, mask in given:
+        side = int(places**0.5)
+        mask = mask.view(2, side, side, -1)
+        outside = mask[:, :, side // 2 :].amin(dim=(1, 2))
+        assert torch.equal(mask[:, :, : side // 2], torch.zeros_like(mask[:, :, : side // 2]))
+        words = (outside < -9).sum(dim=1)
+        assert sorted(words.tolist()) == [0, 1], "the word of the prompt, none of the negative prompt"
+
+
+def test_a_region_of_the_whole_picture_changes_nothing_and_a_part_does(lab: Lab) -> None:
+    clip = at(lab, scheduled(lab))[1]
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    free, whole, part = (
+        lab.sample(at(lab, scheduled(lab, region=region))[0], text, negative)
+        for region in (None, torch.ones(3, 3), left())
+    )
+    assert torch.allclose(free, whole, atol=1e-4)
+    assert not torch.allclose(free, part, atol=1e-2)
+
+
+def test_failing_inside_a_schedule_and_a_region_leaves_nothing(lab: Lab) -> None:
+    model, clip = at(lab, scheduled(lab, end=0.9, region=left()))
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    undisturbed = lab.sample(model, text, negative)
+    failing = model.clone()
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("on purpose")
+
+    failing.set_model_attn2_patch(fail)
+    with pytest.raises(ZeroDivisionError):
+        lab.sample(failing, text, negative)
+    for each in (model, failing):
+        owner = each.get_attachment("perfusion")
+        assert owner.edit is owner.edit_of((True,))
+    assert torch.equal(lab.sample(model, text, negative), undisturbed)
+
+
+# --- the trade-off
+
+
+def exploring(**changes: Any) -> Prompt:
+    inputs = {
+        **{name: ["checkpoint", k] for k, name in enumerate(("model", "clip", "vae"))},
+        "concepts": ["one", 0],
+        "latent": ["latent", 0],
+        "prompt": f"a photo of a {TEDDY} on the beach",
+        "negative": "blurry",
+        "bias": "0.3, 0.9",
+        "temperature": "0.1, 0.3",
+        "strength": "",
+        "key_lock": "local",
+        "guidance": "",
+        "word": "",
+        "seed": 3,
+        "steps": 2,
+        "cfg": 4.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+    }
+    return {
+        "checkpoint": node("PerfusionMiniature"),
+        "one": one("explore-0.safetensors"),
+        "latent": node("PerfusionMiniatureLatent", width=64, height=64, batch_size=2),
+        "photos": node("PerfusionMiniaturePhotos", category="teddy bear", thing=28, count=2, seed=0),
+        "explore": node("PerfusionTradeOff", **{**inputs, **changes}),
+    }
+
+
+SCORED = {"clip_vision": ["checkpoint", 3], "photos": ["photos", 0]}
+SHEET, PLOT, IMAGES, FOUND, REPORT = (("explore", k) for k in range(5))
+
+
+def by_hand(host: ComfyHost, bias: float, temperature: float, lock: str, cfg: float = 4.0) -> torch.Tensor:
+    prompt = drawing(
+        f"a photo of a {TEDDY} on the beach",
+        ["one", 0],
+        {"one": one("explore-0.safetensors", bias=bias, temperature=temperature)},
+        lock,
+    )
+    prompt["latent"]["inputs"]["batch_size"] = 2
+    prompt["sampler"]["inputs"] |= {"seed": 3, "cfg": cfg}
+    return host.execute(prompt, keep=[IMAGE])[IMAGE]
+
+
+def test_cells_are_what_apply_and_ksampler_draw(comfy_host: ComfyHost, files: list[str]) -> None:
+    run = comfy_host.execute(exploring(key_lock="both", guidance="2, 4"), keep=[IMAGES, FOUND, SHEET, PLOT, REPORT])
+    settings = [trial.setting for trial in run[FOUND].trials]
+    assert len(settings) == 16 and run[IMAGES].shape == (32, 64, 64, 3)
+    for number in (0, 1, 2, 7, 8, 15):
+        cell = settings[number]
+        expected = by_hand(comfy_host, cell.bias, cell.temperature, cell.lock, cell.guidance)
+        assert torch.allclose(run[IMAGES][2 * number : 2 * number + 2], expected, atol=2e-3), cell
+    assert not torch.allclose(run[IMAGES][0], run[IMAGES][2], atol=1e-2), "settings make a difference"
+    assert run[SHEET].ndim == run[PLOT].ndim == 4
+    assert run[REPORT].splitlines()[0].split() == ["bias", "temperature", "lock", "guidance"]
+    assert len(run.outputs["explore"]["images"]) == 2
+
+
+def test_scores_and_what_is_picked(comfy_host: ComfyHost, files: list[str]) -> None:
+    prompt = exploring(**SCORED)
+    prompt["pick"] = node("PerfusionPickTradeOff", trade_off=["explore", 3], rule="harmonic mean", least_text=0.25)
+    outputs = [("pick", k) for k in range(7)]
+    run = comfy_host.execute(prompt, keep=[FOUND, IMAGES, *outputs])
+    trials = run[FOUND].trials
+    assert all(-1 <= trial.image <= 1 and -1 <= trial.text <= 1 for trial in trials)
+    stack, cfg, bias, temperature, strength, images, report = (run[output] for output in outputs)
+    chosen = max(trials, key=lambda trial: trial.harmonic)
+    assert (bias, temperature, strength, cfg) == (chosen.setting.bias, chosen.setting.temperature, 1.0, 4.0)
+    assert torch.equal(images, chosen.pictures)
+    assert [(use.gate.bias, use.gate.temperature) for use in stack.uses] == [(bias, temperature)]
+    assert f"bias {bias:g}" in report
+    drawn = by_hand(comfy_host, bias, temperature, "local")
+    assert torch.allclose(drawn, images, atol=2e-3)
+    score = {"images": ["pick", 5], "clip_vision": ["checkpoint", 3], "score_clip": ["checkpoint", 1]}
+    prompt["score"] = node(
+        "PerfusionScore", **score, photos=["photos", 0], prompt="a photo of a teddy bear on the beach"
+    )
+    told = comfy_host.execute(prompt, keep=[("score", 0), ("score", 1), ("score", 2)])
+    assert told["score", 0] == pytest.approx(chosen.image, abs=1e-4)
+    assert told["score", 1] == pytest.approx(chosen.text, abs=1e-4)
+    assert told["score", 2] == pytest.approx(chosen.harmonic, abs=1e-4)
+
+
+def test_too_much_for_memory_is_drawn_in_parts(
+    comfy_host: ComfyHost, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management
+    import comfy.sample
+
+    expected = comfy_host.execute(exploring(), keep=[IMAGES])[IMAGES]
+    comfy_host.new_executor()
+    sample, sizes = comfy.sample.sample, []
+
+    def small(model: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(noise))
+        if len(noise) > 2:
+            raise comfy.model_management.OOM_EXCEPTION("on purpose")
+        return sample(model, noise, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.sample, "sample", small)
+    found = comfy_host.execute(exploring(), keep=[IMAGES])[IMAGES]
+    assert sizes == [4, 2, 2, 2, 2]
+    assert torch.allclose(found, expected, atol=2e-3)
+
+
+def test_canceled_it_stops_at_the_next_step(
+    comfy_host: ComfyHost, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management
+
+    exploring_module = comfy_host.module("perfusion.hosts.comfyui.exploring")
+    calls = []
+
+    def cancel(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            comfy.model_management.interrupt_current_processing()
+        return own(self, *args)
+
+    own = exploring_module.TradeOffDrawing._sampled
+    monkeypatch.setattr(exploring_module.TradeOffDrawing, "_sampled", cancel)
+    comfy_host.new_executor()
+    with pytest.raises(PromptError):
+        comfy_host.execute(exploring(bias="0.1:0.9:9"), keep=[IMAGES])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": "0:1:1000"}, "Trade-Off: this grid has 2,000 cells .* would take 4,000 pictures; at most 100 cells"),
+        ({"bias": "much"}, "Trade-Off, input 'bias': 'much' is no list of numbers"),
+        ({"temperature": "0"}, "Trade-Off, input 'temperature': '0': numbers must lie between 0.01 and 1"),
+        ({"word": "<dog>"}, "Trade-Off, input 'word': there is no concept <dog>"),
+        ({"clip_vision": ["checkpoint", 3]}, "Trade-Off, input 'photos': connect the photos"),
+        ({"concepts": ["off", 0]}, "Trade-Off, input 'concepts': no concept arrives that is on"),
+    ],
+)
+def test_bad_trade_offs(comfy_host: ComfyHost, files: list[str], changes: dict[str, Any], message: str) -> None:
+    prompt = exploring(**changes)
+    prompt["off"] = one("explore-0.safetensors", on=False)
+    with pytest.raises(PromptError, match=message):
+        comfy_host.execute(prompt, keep=[IMAGES])
+
+
+def test_nothing_scored_is_nothing_to_pick(comfy_host: ComfyHost, files: list[str]) -> None:
+    prompt = exploring()
+    prompt["pick"] = node("PerfusionPickTradeOff", trade_off=["explore", 3], rule="knee", least_text=0.25)
+    with pytest.raises(PromptError, match="Pick Trade-Off, input 'trade_off': this trade-off has no scores"):
+        comfy_host.execute(prompt, keep=[("pick", 0)])
+
+
+# --- scores
+
+
+def scoring(**inputs: Any) -> Prompt:
+    return {
+        "checkpoint": node("PerfusionMiniature"),
+        "photos": node("PerfusionMiniaturePhotos", category="teddy bear", thing=28, count=3, seed=0),
+        "score": node("PerfusionScore", images=["photos", 0], clip_vision=["checkpoint", 3], **inputs),
+    }
+
+
+def test_pictures_are_most_like_themselves(comfy_host: ComfyHost, lab: Lab) -> None:
+    prompt = scoring(photos=["photos", 0], score_clip=["checkpoint", 1], prompt="a\nb\nc")
+    run = comfy_host.execute(prompt, keep=[("score", k) for k in range(4)])
+    assert 0 < run["score", 0] <= 1 and -1 <= run["score", 1] <= 1
+    rows = run["score", 3].splitlines()
+    assert rows[0].split() == ["picture", "image", "text"] and [row.split()[0] for row in rows[1:]] == ["1", "2", "3"]
+    only = comfy_host.execute(scoring(photos=["photos", 0]), keep=[("score", k) for k in range(3)])
+    assert only["score", 0] == pytest.approx(run["score", 0]) and only["score", 1] == only["score", 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "Score: connect photos, or score_clip and a prompt"),
+        ({"prompt": "a cat"}, "Score, input 'score_clip': connect the text encoder"),
+        ({"prompt": "a\nb", "score_clip": ["checkpoint", 1]}, "Score, input 'prompt': it has 2 lines for 3 pictures"),
+    ],
+)
+def test_bad_scores(comfy_host: ComfyHost, lab: Lab, inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        comfy_host.execute(scoring(**inputs), keep=[("score", 0)])
