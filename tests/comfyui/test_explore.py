@@ -330,7 +330,7 @@ def test_cells_are_what_apply_and_ksampler_draw(comfy_host: ComfyHost, files: li
     assert not torch.allclose(run[IMAGES][0], run[IMAGES][2], atol=1e-2), "settings make a difference"
     assert run[SHEET].ndim == run[PLOT].ndim == 4
     assert run[REPORT].splitlines()[0].split() == ["bias", "temperature", "lock", "guidance"]
-    assert len(run.outputs["explore"]["images"]) == 2
+    assert len(run.ui["explore"]["images"]) == 2
 
 
 def test_scores_and_what_is_picked(comfy_host: ComfyHost, files: list[str]) -> None:
