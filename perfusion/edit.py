@@ -12,8 +12,17 @@ and the edited projection h_m of W e_m is, in the paper's form and in the form t
     h_m = W (e_m - sum_j a_mj i*_j) + sum_j g_mj o*_j       with a = S G^-1, S = E D^T, G = I D^T
     h_m = W e_m + sum_j g'_mj (o*_j - W i*_j)               with g' = g, brought to 0 for r <= beta / 2
 
-Both are ``W e_m`` plus a correction of rank 2J whose coefficients depend on the text alone: they are computed once per
-context, in float32 with autocast off, and serve every layer.
+Several concepts compete. Read by its own r alone, as in the paper, the word of one concept also opens the gates of
+others: detectors are made to stand out from ordinary words, and learned words all do, alike kinds of things most. The
+dual basis a = S G^-1 tells them apart, for it is 1 for a concept's own i* and 0 for all others', so each gate is
+multiplied by the concept's share
+
+    softmax_j(a_mj / 0.1)
+
+which is 1 for a concept alone (``benchmarks.multi_concept`` measures both).
+
+Both forms are ``W e_m`` plus a correction of rank 2J whose coefficients depend on the text alone: they are computed
+once per context, in float32 with autocast off, and serve every layer.
 """
 
 from __future__ import annotations
@@ -38,6 +47,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 PARALLEL = 0.995
 _MAX_GRAM_CONDITION = 1e6
 _REMEMBERED_CONTEXTS = 4
+_COMPETITION = 0.1  # temperature of the concepts' shares
 
 
 class ParallelConceptsError(ValueError):
@@ -114,8 +124,9 @@ def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str]) -> No
 class Directions:
     """What the text side of J concepts needs: the matrices that turn a context into gates. All float32.
 
-    ``detector`` (d, 2j) gives r in its first J columns and a = S G^-1 in the others; ``preserving`` is (j,), and so are
-    ``bias``, ``temperature`` and ``strength``, or (rows, 1, j) where each row of a batch has gates of its own.
+    ``detector`` (d, 3j) gives r in its first J columns, what is subtracted in the next, and a = S G^-1 of all concepts,
+    by which they compete, in the last; where they do not, it is (d, 2j). ``preserving`` is (j,), and so are ``bias``,
+    ``temperature`` and ``strength``, or (rows, 1, j) where each row of a batch has gates of its own.
     """
 
     i_star: Tensor
@@ -125,6 +136,7 @@ class Directions:
     strength: Tensor
     preserving: Tensor
     any_preserving: bool
+    competing: bool
 
     @classmethod
     def of(
@@ -134,8 +146,10 @@ class Directions:
         gates: Sequence[Gate],
         forms: Sequence[Form],
         names: Sequence[str] | None = None,
+        *,
+        competing: bool = False,
     ) -> Directions:
-        """Stack J concepts: i* and d* (j, d), a gate and a form each.
+        """Stack J concepts: i* and d* (j, d), a gate and a form each; ``competing``, or each by itself as in the paper.
 
         Raises ParallelConceptsError when two of them cannot be told apart.
         """
@@ -148,14 +162,19 @@ class Directions:
         subtracted = torch.zeros_like(own)
         if (paper := ~preserving).any():
             subtracted[paper] = torch.linalg.solve(gram(i_star[paper], d_star[paper]).T, d_star[paper].double())
+        columns = [own, subtracted]
+        competing = competing and len(gates) > 1
+        if competing:
+            columns.append(torch.linalg.solve(gram(i_star, d_star).T, d_star.double()))
         return cls(
             i_star=i_star.float(),
-            detector=rearrange(torch.cat([own, subtracted]), "two_j d -> d two_j").float().contiguous(),
+            detector=rearrange(torch.cat(columns), "columns d -> d columns").float().contiguous(),
             bias=torch.tensor([g.bias for g in gates]),
             temperature=torch.tensor([g.temperature for g in gates]),
             strength=torch.tensor([g.strength for g in gates]),
             preserving=preserving,
             any_preserving="preserving" in forms,
+            competing=competing,
         )
 
     def __len__(self) -> int:
@@ -183,9 +202,7 @@ class Directions:
     def coefficients(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32."""
         with _full_precision(context.device):
-            parts = context.float() @ self.detector
-            r, subtracted = parts.chunk(2, dim=-1)
-            opened = self._opened(r)
+            _, subtracted, opened = self._read(context)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
             strength = _for_batch(self.strength, len(context))
@@ -194,11 +211,20 @@ class Directions:
     def gates(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32."""
         with _full_precision(context.device):
-            r = context.float() @ self.detector[:, : len(self)]
-        return r, self._opened(r)
+            r, _, opened = self._read(context)
+        return r, opened
+
+    def _read(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """r, a of the concepts that subtract it, and g: (b, m, d) -> three of (b, m, j)."""
+        parts = (context.float() @ self.detector).split(len(self), dim=-1)
+        r, subtracted = parts[0], parts[1]
+        opened = self._opened(r)
+        if self.competing:
+            opened = opened * torch.softmax(parts[2] / _COMPETITION, dim=-1)
+        return r, subtracted, opened
 
     def _opened(self, r: Tensor) -> Tensor:
-        """Each concept's gate by its own form: (..., j) -> (..., j)."""
+        """Each concept's gate by its own form, without competition: (..., j) -> (..., j)."""
         bias, temperature = (_for_batch(value, len(r)) for value in (self.bias, self.temperature))
         opened = gate(r, bias, temperature)
         if not self.any_preserving:

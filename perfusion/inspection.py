@@ -237,7 +237,9 @@ def _report(
     other_r = float(r[~own].max()) if len(r[~own]) else -math.inf
     advice = [_how_to_write(word, use.concept, prompt)] if state == "missing" else []
     # One piece of advice about the bias, not two that contradict each other.
-    if state == "shut" or (state == "appears" and own_gate < WELL_OPEN and not others):
+    if state in ("shut", "appears") and own_gate < WELL_OPEN <= _gate_at(use, own_r, use.gate.bias):
+        advice.append(_how_to_part(word))
+    elif state == "shut" or (state == "appears" and own_gate < WELL_OPEN and not others):
         advice.append(_how_to_open(use, own_r, other_r, threshold, read))
     elif others:
         advice.append(_how_to_close(use, own_r, other_r, answers, threshold))
@@ -272,6 +274,14 @@ def _how_to_write(word: str, concept: Concept, prompt: str) -> str:
     if concept.super_category.lower() in text:
         return f"Write {word} in place of {concept.super_category!r}."
     return f"Write {word} where it would say {concept.super_category!r}."
+
+
+def _how_to_part(word: str) -> str:
+    """What helps where a gate would be open, but another concept claims the word too."""
+    return (
+        f"Another concept claims the word {word} as well. Name each in a phrase of its own, give each a region with "
+        "Concept Settings, or switch one of them off."
+    )
 
 
 def _how_to_open(

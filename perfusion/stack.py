@@ -129,9 +129,9 @@ class ConceptStack:
         """The same with all keys locked one way, but for those that have a lock of their own."""
         return ConceptStack(tuple(use.locked(lock) for use in self.uses))
 
-    def edit(self, rows: Sequence[Sequence[Gate]] | None = None) -> KeyValueEdit:
+    def edit(self, rows: Sequence[Sequence[Gate]] | None = None, *, competing: bool = True) -> KeyValueEdit:
         """The edit of keys and values that these concepts make together; with other gates for each row of a batch,
-        where ``rows`` gives them (``Directions.varied``).
+        where ``rows`` gives them (``Directions.varied``). ``competing`` off is the paper's: each gate by itself.
 
         Raises ParallelConceptsError when two of them cannot be told apart.
         """
@@ -142,6 +142,7 @@ class ConceptStack:
             [use.gate for use in self.uses],
             [c.form for c in concepts],
             [c.placeholder for c in concepts],
+            competing=competing,
         )
         return KeyValueEdit(
             directions if rows is None else directions.varied(rows),

@@ -272,6 +272,8 @@ def expected_projection(
         gram = torch.stack([torch.stack([i_stars[a] @ d_stars[b] for b in paper]) for a in paper])
         scores = torch.stack([e @ d_stars[j] for j in paper], dim=-1)
         parts = scores @ torch.linalg.inv(gram)
+    everyone = torch.stack([torch.stack([i @ d for d in d_stars]) for i in i_stars])
+    claims = torch.exp(torch.stack([e @ d for d in d_stars], dim=-1) @ torch.linalg.inv(everyone) / 0.1)
     for j, use in enumerate(uses):
         r = (e @ d_stars[j]) / (i_stars[j] @ d_stars[j])
         beta, tau = use.gate.bias, use.gate.temperature
@@ -279,10 +281,11 @@ def expected_projection(
         image = weight @ i_stars[j]
         if use.concept.form == "paper":
             part = parts[..., paper.index(j)].unsqueeze(-1)
+            g = g * claims[..., j] / claims.sum(-1)
             out = out + use.gate.strength * (g.unsqueeze(-1) * targets[j] - part * image)
         else:
             floor = torch.sigmoid(torch.tensor(-beta / (2 * tau), dtype=torch.float64))
-            g = torch.clamp(g - floor, min=0) / (1 - floor)
+            g = torch.clamp(g - floor, min=0) / (1 - floor) * claims[..., j] / claims.sum(-1)
             out = out + use.gate.strength * g.unsqueeze(-1) * (targets[j] - image)
     return out
 

@@ -92,6 +92,58 @@ LAYOUTS: dict[str, Layout] = {
         "Then change the prompt, and Run again: nothing is trained anew. **thing** and **category** of *Miniature "
         "Photos* give something else to learn.",
     ),
+    "several_concepts": Layout(
+        [
+            Group("A model", [["checkpoint", "note"]]),
+            Group(
+                "Learn two of one kind",
+                [["photos_left", "photos_right"], ["train_left", "train_right"]],
+                aligned=True,
+            ),
+            Group(
+                "Each in its half of the picture",
+                [["half", "nothing", "mask_left", "mask_right"], ["settings_left", "settings_right"]],
+            ),
+            Group(
+                "Draw both",
+                [
+                    ["apply_left", "apply_right", "positive", "negative", "latent"],
+                    ["inspect", "sampler", "decode", "enlarge"],
+                    ["save_image"],
+                ],
+            ),
+        ],
+        "Press Run. Nothing has to be downloaded.\n\nTwo things of one kind are the hardest to keep apart: both words "
+        "mean nearly the same to the model. A **region** for each says where its word is looked for.\n\n"
+        "*Inspect Prompt* shows how far each concept's gate opens on each word.\n\nWith concepts from files, "
+        "*Load Concept* has the same settings; chain one for each.",
+    ),
+    "trade_off": Layout(
+        [
+            Group("A model and photos", [["checkpoint", "photos", "latent", "note"]]),
+            Group("Learn", [["train"]]),
+            Group("See the whole trade-off", [["trade_off"], ["sheet", "report"]]),
+            Group(
+                "Draw with the best setting",
+                [["pick", "apply", "positive", "negative"], ["sampler", "decode", "enlarge"], ["save_image", "plot"]],
+            ),
+        ],
+        "Press Run. Nothing has to be downloaded.\n\n*Trade-Off* draws one prompt with five biases and two "
+        "temperatures, and measures each picture: how like the photos, how true to the prompt. Nothing is trained "
+        "again.\n\n*Pick Trade-Off* hands on the best setting by a rule of yours, and another prompt is drawn with it.",
+    ),
+    "shared_concept": Layout(
+        [
+            Group("A model", [["checkpoint", "note"]]),
+            Group("The concept, inside this workflow", [["embed", "inspect"]]),
+            Group(
+                "Draw", [["apply", "positive", "negative", "latent"], ["sampler", "decode", "enlarge"], ["save_image"]]
+            ),
+        ],
+        "Press Run. No file is needed, and nothing is trained: the concept is in the workflow itself, as text in "
+        "*Embed Concept*.\n\nTo share one of yours, connect it to **concepts** there and run once: then the saved "
+        "workflow, and every picture that was made with it, carries it along.",
+    ),
     "miniature_two_concepts": Layout(
         [
             Group("A model", [["checkpoint", "note"]]),
@@ -138,14 +190,15 @@ _ARRANGE = """async ([api, groups, note, width, gap]) => {
     text.widgets[0].value = note;
     nodes.note = text;
     const room = {
-        LoadImage: 315, LoadImageMask: 315, SaveImage: 320, LossGraphNode: 320, CLIPTextEncode: 140,
+        LoadImage: 315, LoadImageMask: 315, SaveImage: 320, PreviewImage: 320, LossGraphNode: 320, CLIPTextEncode: 140,
+        PerfusionInspectPrompt: 460,
         PerfusionMiniaturePhotos: 460,
     };
     for (const [id, node] of Object.entries(nodes)) {
         const least = id === 'note' ? 260 : node.computeSize()[1];
         node.setSize([width, Math.max(least, room[node.type] ?? 0)]);
     }
-    const below = { PerfusionTrainConcept: width };  // where its previews will be
+    const below = { PerfusionTrainConcept: width, PerfusionTradeOff: width };  // where previews will be
     const roomOf = (id) => nodes[id].size[1] + (below[nodes[id].type] ?? 0) + gap;
     const heightOf = (cell) => cell.reduce((sum, id) => sum + roomOf(id), 0);
     let left = 0;

@@ -206,3 +206,48 @@ def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
     for wrong in ([], [[Gate(), Gate()]]):
         with pytest.raises(ValueError, match="a gate for each of 1 concepts"):
             stack.edit(wrong)
+
+
+# --- competition
+
+
+def alike(count: int = 2) -> ConceptStack:
+    """Concepts whose detectors answer each other's words, as those of learned words do."""
+    draw = torch.Generator().manual_seed(5)
+    common = torch.randn(24, generator=draw)
+    uses = []
+    for k in range(count):
+        own = torch.randn(24, generator=draw)
+        i_star = common + 0.6 * own
+        uses.append(ConceptUse(a_concept(f"<it-{k}>", k, i_star=i_star, d_star=i_star / 40)))
+    return ConceptStack(tuple(uses))
+
+
+def test_concepts_compete_for_words() -> None:
+    stack = alike(3)
+    words = torch.stack([concept.i_star for concept in stack.concepts])[None]
+    alone = stack.edit(competing=False).directions.gates(words)[1][0]
+    assert (alone > 0.5).all(), "by itself, each answers all"
+    together = stack.edit().directions.gates(words)[1][0]
+    assert (together > 0.5).tolist() == torch.eye(3).bool().tolist()
+    assert torch.allclose(together.diagonal(), alone.diagonal(), atol=1e-3)
+
+
+def test_a_concept_alone_competes_with_nobody() -> None:
+    stack, context = stack_of(1), torch.randn(2, 7, 24)
+    found = stack.edit().directions.coefficients(context)
+    expected = stack.edit(competing=False).directions.coefficients(context)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_forms_compete_with_each_other() -> None:
+    uses = [
+        replace(use, concept=replace(use.concept, form=form))
+        for use, form in zip(alike().uses, ("paper", "preserving"), strict=True)
+    ]
+    stack = ConceptStack(tuple(uses))
+    words = torch.stack([concept.i_star for concept in stack.concepts])[None]
+    opened = stack.edit().directions.gates(words)[1][0]
+    assert (opened > 0.5).tolist() == [[True, False], [False, True]]
+    subtracted, added = stack.edit().directions.coefficients(words)
+    assert torch.allclose(subtracted[..., 1], -added[..., 1]), "the preserving form adds and takes away alike"
