@@ -135,12 +135,20 @@ class Lab:
 
     @torch.inference_mode()
     def sample(
-        self, model: Any, positive: Any, negative: Any, *, steps: int = 2, seed: int = 0, cfg: float = 4.0
+        self,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        *,
+        steps: int = 2,
+        seed: int = 0,
+        cfg: float = 4.0,
+        scheduler: str = "normal",
     ) -> Tensor:
         """Latents of the stock KSampler."""
         empty = {"samples": torch.zeros(1, 4, 8, 8)}
         sample = self.host.nodes["KSampler"]().sample
-        latent = sample(model, seed, steps, cfg, "euler", "normal", positive, negative, empty)[0]["samples"]
+        latent = sample(model, seed, steps, cfg, "euler", scheduler, positive, negative, empty)[0]["samples"]
         assert torch.isfinite(latent).all()
         return latent.clone()
 

@@ -460,10 +460,11 @@ def test_local_and_global_locks_together(lab: Lab, teddy: Any, cat: Any) -> None
     both = sampled_keys(lab, model, positive, negative)
     locally = sampled_keys(lab, lab.applied(teddy, cat)[0], positive, negative)
     own, twin = positive[0][0].double(), lab.encode(clip, BOTH.replace(CAT, "cat"))[0][0].double()
-    uses = lab.stack(teddy).uses
+    uses = [*lab.stack(teddy).uses, *lab.stack(cat, strength=0.0).uses]  # it competes for words, and edits no key
     for layer in LAYERS:
         to_k, _ = projection_weights(lab.model, layer)
-        edit = expected_projection(own, to_k, uses, [to_k @ teddy.e_super.double()]) - own @ to_k.T
+        targets = [to_k @ concept.e_super.double() for concept in (teddy, cat)]
+        edit = expected_projection(own, to_k, uses, targets) - own @ to_k.T
         k, v = both[layer][0]
         assert apart(k, (twin @ to_k.T + edit)[0]) <= 2e-6
         assert apart(v, locally[layer][0][1]) <= 1e-6
