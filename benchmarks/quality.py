@@ -178,8 +178,7 @@ def learn(
     config: TrainingConfig,
 ) -> Concept:
     """A concept from renders of scenes that show the thing alone."""
-    masks = [_mask(world.masks(seen)[0]) for seen in photos]
-    ready = prepare(host, list(rendered(photos)), masks, config.resolution)
+    ready = prepare(host, list(rendered(photos)), thing_masks(photos), config.resolution)
     return train(host, ready, Subject(PLACEHOLDER, category), statistics, config)[0]
 
 
@@ -216,6 +215,11 @@ def gate_readings(
         "false_opens": [float((r[k][others[k]] > bias).float().mean()) for k in range(len(texts))],
         "largest_other_r": [float(r[k][others[k]].max()) for k in range(len(texts))],
     }
+
+
+def thing_masks(photos: Sequence[world.Scene]) -> list[Tensor]:
+    """Where the first thing of each scene is: (64, 64), 0 to 1."""
+    return [_mask(world.masks(seen)[0]) for seen in photos]
 
 
 def _mask(mask: Image.Image) -> Tensor:

@@ -57,7 +57,8 @@ class TradeOffDrawing:
     ):
         self._model, self._clip, self._vae = model, clip, vae
         self._stack, self._word, self._sampling, self._report = stack.active, word, sampling, report
-        latent = comfy.sample.fix_empty_latent_channels(model, sampling.latent["samples"])
+        # The host knows latents and noise that are no tensors, of several parts; pictures have none of these.
+        latent: Any = comfy.sample.fix_empty_latent_channels(model, sampling.latent["samples"])
         if latent.ndim != 4:
             raise ValueError("the latent is not that of pictures: connect an Empty Latent Image")
         self._latent = latent

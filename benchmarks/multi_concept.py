@@ -1,0 +1,179 @@
+"""Do several concepts answer their own words, and not each other's? Competing gates against the paper's, side by side.
+
+    python -m benchmarks.multi_concept [--json] [--steps 100] [--prompts 60] [--folder DIR]
+
+Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
+with adjectives and second things around them. "own": share of words that open their own concept's gate by half,
+"cross": share of (word, other concept) pairs in which the word opens the other's, "right": share of words whose own
+gate is the widest of all, "others": share of ordinary words that open any. "paper" reads each gate by itself,
+"competing" is what is applied. Concepts are kept in ``--folder``, and not learned again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from miniature import world
+from miniature.captions import caption
+from miniature.host import load_host
+from miniature.metrics import rendered
+from miniature.weights import FOLDER, WeightsError
+from perfusion.concept import Concept, load
+from perfusion.hosts.base import Word
+from perfusion.hosts.diffusers import DiffusersHost
+from perfusion.stack import ConceptStack, ConceptUse
+from perfusion.statistics import measure
+from perfusion.training.config import TrainingConfig
+from perfusion.training.dataset import prepare
+from perfusion.training.trainer import Subject, train
+
+from .host import say
+from .quality import thing_masks
+
+OPEN = 0.5
+PHOTOS = 5
+# Super-categories that stand in one prompt.
+ARRANGEMENTS = {
+    "two_different": [("teddy bear", "cat"), ("cup", "robot"), ("cat", "car")],
+    "two_same": [("teddy bear", "teddy bear"), ("cat", "cat")],
+    "three": [("teddy bear", "cat", "cup"), ("robot", "car", "cat")],
+    "five": [("teddy bear", "cat", "cup", "robot", "car")],
+}
+# For more things than a caption of the little world names.
+LISTS = ("a photo of {}", "a sketch of {} on the beach", "{} in the snow", "there are {} at night", "a photo: {}")
+ADJECTIVES = ("a", "a", "a small", "a big red", "the", "a striped", "a {} with a hat and a")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.multi_concept", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one line of JSON alone")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each concept")
+    parser.add_argument("--prompts", type=int, default=60, help="prompts for each set of concepts")
+    parser.add_argument("--folder", type=Path, help="where learned concepts are kept, and looked for")
+    parser.add_argument("--weights", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    try:
+        host = load_host(options.weights)
+    except WeightsError as error:
+        raise SystemExit(str(error)) from None
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = measured(host, options, options.folder or Path(temporary))
+    print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
+
+
+def measured(host: DiffusersHost, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The figures of each arrangement."""
+    needed = {thing for sets in ARRANGEMENTS.values() for kinds in sets for thing in _things(kinds)}
+    concepts = learned(host, sorted(needed), folder, options.steps)
+    figures: dict[str, Any] = {}
+    for name, sets in ARRANGEMENTS.items():
+        counts: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ("paper", "competing")}
+        for kinds in sets:
+            stack = ConceptStack(tuple(ConceptUse(concepts[thing]) for thing in _things(kinds)))
+            texts = prompts(stack.placeholders, options.prompts, Random(f"{name} {kinds}"))
+            with torch.no_grad():
+                context = host.text.encode_stack(texts, stack)[0]
+            where = word_places(host, texts, stack)
+            for way, found in counts.items():
+                gates = stack.edit(competing=way == "competing").directions.gates(context)[1]
+                for key, values in readings(gates, where).items():
+                    found[key] += values
+        figures[name] = {
+            way: {key: round(sum(values) / len(values), 4) for key, values in found.items()}
+            for way, found in counts.items()
+        }
+    return figures
+
+
+def _things(kinds: Sequence[str]) -> list[tuple[str, int]]:
+    """Each super-category with a number, that of its further ones being higher."""
+    return [(kind, kinds[:k].count(kind)) for k, kind in enumerate(kinds)]
+
+
+def learned(
+    host: DiffusersHost, things: Sequence[tuple[str, int]], folder: Path, steps: int
+) -> dict[tuple[str, int], Concept]:
+    """A concept of each (super-category, number), from renders of scenes that show the thing alone."""
+    statistics, concepts = None, {}
+    for kind, number in tqdm(things, desc="concepts"):
+        name = f"{kind.replace(' ', '-')}-{number}"
+        path = folder / f"{name}-{steps}.safetensors"
+        if not path.exists():
+            look = world.instance(kind, 3_000_000 + number)
+            photos = [world.portrait(kind, look, Random(f"photo {name} {k}")) for k in range(PHOTOS)]
+            ready = prepare(host, list(rendered(photos)), thing_masks(photos), world.SIZE)
+            statistics = statistics or measure(host, host.captions or ())
+            config = TrainingConfig(steps=steps, batch_size=8, micro_batch=0, resolution=world.SIZE)
+            concept = train(host, ready, Subject(f"<my-{name}>", kind), statistics, config)[0]
+            folder.mkdir(parents=True, exist_ok=True)
+            concept.save(path)
+            say(f"{name}: learned")
+        concepts[kind, number] = load(path)
+    return concepts
+
+
+def prompts(words: Sequence[str], count: int, rng: Random) -> list[str]:
+    """Texts with each word once, in any order: captions of the little world for two, lists with adjectives for more."""
+    found = []
+    while len(found) < count:
+        shuffled = rng.sample(list(words), len(words))
+        if len(words) == 2:
+            seen = world.scene(rng, things=2)
+            text = caption(rng, seen, nouns=["{0}", "{1}"]).text
+            if "{0}" in text and "{1}" in text:
+                found.append(text.format(*shuffled))
+            continue
+        named = [f"{rng.choice(ADJECTIVES).format(rng.choice(world.CATEGORY_NAMES))} {word}" for word in shuffled]
+        found.append(rng.choice(LISTS).format(f"{', '.join(named[:-1])} and {named[-1]}"))
+    return found
+
+
+def word_places(host: DiffusersHost, texts: Sequence[str], stack: ConceptStack) -> Tensor:
+    """Whose word each token is: (b, m), -1 for nobody's, -2 for start, end and padding."""
+    words = [Word(concept.placeholder, concept.super_category, concept.embeddings) for concept in stack.concepts]
+    where = None
+    for j, word in enumerate(words):
+        # The other words stand for one token each, as in the prompt itself.
+        others = [other.placeholder for other in words if other is not word]
+        bare = list(texts)
+        for other in others:
+            bare = [text.replace(other, "cat") for text in bare]
+        encoded = host.encode(bare, word)
+        if where is None:
+            where = torch.full(encoded.word.shape, -1)
+            where[encoded.padding] = -2
+            where[:, 0] = -2
+            ends = (~encoded.padding).sum(1) - 1
+            where[torch.arange(len(where)), ends] = -2
+        where[encoded.word] = j
+    assert where is not None
+    return where
+
+
+def readings(gates: Tensor, where: Tensor) -> dict[str, list[float]]:
+    """One number for each word, or pair, or ordinary word: see the module."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for j in range(gates.shape[-1]):
+        at_word = gates[where == j]
+        found["own"] += (at_word[:, j] > OPEN).float().tolist()
+        found["right"] += (at_word.argmax(-1) == j).float().tolist()
+        others = torch.arange(gates.shape[-1]) != j
+        found["cross"] += (at_word[:, others] > OPEN).float().flatten().tolist()
+    found["others"] += (gates[where == -1].amax(-1) > OPEN).float().tolist()
+    return found
+
+
+if __name__ == "__main__":
+    main()
