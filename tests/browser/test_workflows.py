@@ -71,7 +71,7 @@ def test_the_template_browser_lists_the_workflows(server: ComfyServer) -> None:
         assert served[:2] == b"\xff\xd8"
 
 
-@pytest.mark.parametrize("node", ["TrainConcept", "SaveConcept", "LoadConcepts", "ApplyConcepts", "MiniaturePhotos"])
+@pytest.mark.parametrize("node", ["TrainConcept", "SaveConcept", "LoadConcepts", "ApplyConcepts", "MiniaturePhotos", "TradeOff"])
 def test_help_pages_are_served(server: ComfyServer, node: str) -> None:
     assert server.request(f"/extensions/ComfyUI-Perfusion/docs/Perfusion{node}.md").startswith(b"#")
 

@@ -30,7 +30,7 @@ API = Path(__file__).parents[1] / "api"
 # same with real photos.
 SIZE = int(os.environ.get("PERFUSION_E2E_SIZE", "64"))
 PHOTOS = os.environ.get("PERFUSION_E2E_PHOTOS")
-STEPS = 20 if PHOTOS else 8
+STEPS = 20 if PHOTOS else 4
 QUICK = {
     "steps": STEPS,
     "batch_size": int(os.environ.get("PERFUSION_E2E_BATCH", "2")),

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.comfyui.test_end_to_end import executed, graph, put_photos
-from tests.hosts import Base, ComfyServer, PromptInterrupted, ServerOptions, main_host, running_server
+from tests.graphs import node
+from tests.hosts import Base, ComfyServer, Prompt, PromptInterrupted, ServerOptions, main_host, running_server
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.server]
 
@@ -25,6 +26,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, model_store: Path) -> Itera
         yield running
 
 
+def training(server: ComfyServer) -> Prompt:
+    """The workflow of a training, with the miniature in place of a checkpoint: photos are what is tested."""
+    prompt = graph(server, "train_concept")
+    prompt["checkpoint"] = node("PerfusionMiniature")
+    return prompt
+
+
 def test_grey_16_bit_transparent_and_huge_photos_train(server: ComfyServer) -> None:
     folder, noise = server.base / "input", np.random.default_rng(0)
     Image.fromarray(noise.integers(0, 2**16, (90, 120), dtype=np.uint16)).save(folder / "grey_16_bit.png")
@@ -34,7 +42,7 @@ def test_grey_16_bit_transparent_and_huge_photos_train(server: ComfyServer) -> N
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (7000, 5000), (120, 90, 60)).save(folder / "huge.jpg", exif=exif)
-    prompt = graph(server, "train_concept")
+    prompt = training(server)
     prompt["train"]["inputs"] |= {"steps": 2}
     for number, name in enumerate(["grey_16_bit.png", "transparent.png", "palette.png", "huge.jpg"], start=1):
         prompt[f"photo_{number}"]["inputs"]["image"] = name
@@ -42,7 +50,7 @@ def test_grey_16_bit_transparent_and_huge_photos_train(server: ComfyServer) -> N
 
 
 def test_a_change_trains_again(server: ComfyServer) -> None:
-    prompt = graph(server, "train_concept")
+    prompt = training(server)
     del prompt["loss"]
     prompt["train"]["inputs"] |= {"steps": 1, "batch_size": 1}
     server.queue(prompt)
@@ -60,7 +68,7 @@ def test_a_change_trains_again(server: ComfyServer) -> None:
 
 
 def test_a_cancelled_training_leaves_the_next_one_as_it_would_have_been(server: ComfyServer) -> None:
-    prompt = graph(server, "train_concept")
+    prompt = training(server)
     prompt["train"]["inputs"] |= {"steps": 100_000, "corpus_size": 48}
     known = statistics_of(server)
     running = server.submit(prompt)

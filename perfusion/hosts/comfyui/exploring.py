@@ -61,7 +61,7 @@ class TradeOffDrawing:
         latent: Any = comfy.sample.fix_empty_latent_channels(model, sampling.latent["samples"])
         if latent.ndim != 4:
             raise ValueError("the latent is not that of pictures: connect an Empty Latent Image")
-        self._latent = latent
+        self._latent: Any = latent
         self._noise = comfy.sample.prepare_noise(latent, sampling.seed, sampling.latent.get("batch_index"))
 
     def __call__(self, settings: Sequence[Setting]) -> Iterator[Trial]:
