@@ -62,7 +62,7 @@ class TradeOffDrawing:
         if latent.ndim != 4:
             raise ValueError("the latent is not that of pictures: connect an Empty Latent Image")
         self._latent: Any = latent
-        self._noise = comfy.sample.prepare_noise(latent, sampling.seed, sampling.latent.get("batch_index"))
+        self._noise: Any = comfy.sample.prepare_noise(latent, sampling.seed, sampling.latent.get("batch_index"))
 
     def __call__(self, settings: Sequence[Setting]) -> Iterator[Trial]:
         """A trial of each setting, in order, as soon as it is drawn.
