@@ -135,9 +135,9 @@ class PerfusionTradeOff(io.ComfyNode):
         for name in ("model", "clip", "vae"):
             if one.get(name) is None:
                 raise ValueError(f"{NODE}, input '{name}': nothing arrived. Connect the checkpoint's own.")
-        stack: ConceptStack = one["concepts"]
+        stack: ConceptStack = one["concepts"].active
         with naming(NODE, "concepts"):
-            if not len(stack.active):
+            if not len(stack):
                 raise ValueError("no concept arrives that is on. Connect Load Concepts or Train Concept")
         cells = _cells(one, len(one["latent"]["samples"]))
         word: str = one["word"].strip().lower()
@@ -179,7 +179,7 @@ class PerfusionTradeOff(io.ComfyNode):
 def _cells(one: dict[str, Any], pictures: int) -> list[Setting]:
     """The grid that the inputs ask for."""
     values: dict[str, Any] = {}
-    bounds = {"bias": (-1, 2), "temperature": (0.01, 1), "strength": (0, 2), "guidance": (0, 100)}
+    bounds = {"bias": (-1, 2), "temperature": (0.01, 1), "strength": (0.01, 2), "guidance": (0, 100)}
     for name, (least, most) in bounds.items():
         with naming(NODE, name):
             values[name] = numbers(one[name], least, most)

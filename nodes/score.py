@@ -62,14 +62,16 @@ class PerfusionScore(io.ComfyNode):
         """Measure; every input is a list, as pictures may be."""
         images, photos = flat(inputs.pop("images")), flat(inputs.pop("photos", None))
         one = {name: values[0] for name, values in inputs.items() if values}
-        texts = [line.strip() for line in (one.get("prompt") or "").splitlines() if line.strip()]
+        prompts = [prompt or "" for prompt in inputs.get("prompt") or ()]
+        lines = prompts if len(prompts) > 1 else "".join(prompts).splitlines()
+        texts = [line.strip() for line in lines if line.strip()]
         if not photos and not texts:
             raise ValueError(f"{NODE}: connect photos, or score_clip and a prompt, or all of them: to compare with.")
         if texts and one.get("score_clip") is None:
             raise ValueError(f"{NODE}, input 'score_clip': connect the text encoder that belongs to the CLIP Vision.")
         if len(texts) not in (0, 1, len(images)):
             raise ValueError(
-                f"{NODE}, input 'prompt': it has {len(texts)} lines for {len(images)} pictures. Write one line for "
+                f"{NODE}, input 'prompt': there are {len(texts)} texts for {len(images)} pictures. Write one line for "
                 "all, or one for each."
             )
         with naming(NODE):

@@ -137,19 +137,19 @@ class PerfusionLoadConcept(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str, on: bool = True) -> bool | str:
-        """Find out about a missing file before anything runs, unless it is off."""
+    def validate_inputs(cls, file: str | None = None, on: bool | None = True) -> bool | str:
+        """Find out about a missing file before anything runs, unless it is off; what is linked is not known yet."""
         try:
-            if on:
+            if on and file is not None:
                 library.find(file)
         except ValueError as error:
             return f"{LOAD}, input 'file': {error}"
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str = "", **_: Any) -> str:
+    def fingerprint_inputs(cls, file: str | None = None, **_: Any) -> str:
         """Changes when the file does."""
-        return library.stamp(file)
+        return "" if file is None else library.stamp(file)
 
     @classmethod
     def execute(cls, file: str, concepts: ConceptStack | None = None, **settings: Any) -> io.NodeOutput:

@@ -19,7 +19,8 @@ multiplied by the concept's share
 
     softmax_j(a_mj / 0.1)
 
-which is 1 for a concept alone (``benchmarks.multi_concept`` measures both).
+which is 1 for a concept alone. Where a host tells which tokens are whose word, those are their concept's altogether
+(``benchmarks.multi_concept`` measures all three).
 
 Both forms are ``W e_m`` plus a correction of rank 2J whose coefficients depend on the text alone: they are computed
 once per context, in float32 with autocast off, and serve every layer.
@@ -199,28 +200,44 @@ class Directions:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
-    def coefficients(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32."""
+    def coefficients(self, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32.
+
+        ``owners`` (b, m, j) bool: whose word each token is, where that is known.
+        """
         with _full_precision(context.device):
-            _, subtracted, opened = self._read(context)
+            _, subtracted, opened = self._read(context, owners)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
-            strength = _for_batch(self.strength, len(context))
+            strength = _for_batch(self.strength, len(context), alone=False)
             return -strength * subtracted, strength * opened
 
-    def gates(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32."""
+    def gates(self, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32.
+
+        ``owners`` as for ``coefficients``.
+        """
         with _full_precision(context.device):
-            r, _, opened = self._read(context)
+            r, _, opened = self._read(context, owners)
         return r, opened
 
-    def _read(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def belonging(self, context: Tensor) -> Tensor:
+        """How far each token is a concept's word, whatever its gate is set to: (b, m, d) -> (b, m, j), 0 to 1."""
+        with _full_precision(context.device):
+            parts = (context.float() @ self.detector).split(len(self), dim=-1)
+            opened = gate(parts[0], Gate.bias, Gate.temperature)
+            return opened * torch.softmax(parts[2] / _COMPETITION, dim=-1) if self.competing else opened
+
+    def _read(self, context: Tensor, owners: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """r, a of the concepts that subtract it, and g: (b, m, d) -> three of (b, m, j)."""
         parts = (context.float() @ self.detector).split(len(self), dim=-1)
         r, subtracted = parts[0], parts[1]
         opened = self._opened(r)
         if self.competing:
-            opened = opened * torch.softmax(parts[2] / _COMPETITION, dim=-1)
+            share = torch.softmax(parts[2] / _COMPETITION, dim=-1)
+            if owners is not None:
+                share = torch.where(owners.any(dim=-1, keepdim=True), owners.to(share), share)
+            opened = opened * share
         return r, subtracted, opened
 
     def _opened(self, r: Tensor) -> Tensor:
@@ -232,12 +249,12 @@ class Directions:
         return torch.where(self.preserving, preserving_gate(r, bias, temperature), opened)
 
 
-def _for_batch(values: Tensor, batch: int) -> Tensor:
+def _for_batch(values: Tensor, batch: int, *, alone: bool = True) -> Tensor:
     """Settings (j,), which serve any batch, or (rows, 1, j), repeated for each set of rows in the batch.
 
-    A single context is looked at with those of every row.
+    Where it may stand ``alone``, a single context is looked at with the settings of every row.
     """
-    if values.ndim == 1 or batch == 1:
+    if values.ndim == 1 or (alone and batch == 1):
         return values
     if batch % len(values):
         raise ValueError(
@@ -248,22 +265,22 @@ def _for_batch(values: Tensor, batch: int) -> Tensor:
 
 
 class _Remembered:
-    """What was computed from a context and its shift, for as long as these very tensors live unchanged."""
+    """What was computed from a context, its shift and its words, for as long as these very tensors live unchanged."""
 
-    def __init__(self, context: Tensor, shift: Tensor | None, value: dict[str, Tensor]):
-        self._context = weakref.ref(context)
-        self._shift = None if shift is None else weakref.ref(shift)
-        self._versions = _version(context), _version(shift)
+    def __init__(self, made_of: tuple[Tensor | None, ...], value: dict[str, Tensor]):
+        self._made_of = [None if tensor is None else weakref.ref(tensor) for tensor in made_of]
+        self._versions = list(map(_version, made_of))
         self.value = value
 
     def alive(self) -> bool:
-        return self._context() is not None and (self._shift is None or self._shift() is not None)
+        return all(tensor is None or tensor() is not None for tensor in self._made_of)
 
-    def is_of(self, context: Tensor, shift: Tensor | None) -> bool:
-        if self._context() is not context or (None if self._shift is None else self._shift()) is not shift:
+    def is_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        own = [None if tensor is None else tensor() for tensor in self._made_of]
+        if any(mine is not given for mine, given in zip(own, tensors, strict=True)):
             return False
-        # A shift that died looks like none at all.
-        return self.alive() and self._versions == (_version(context), _version(shift))
+        # A tensor that died looks like none at all.
+        return self.alive() and self._versions == list(map(_version, tensors))
 
 
 def _version(tensor: Tensor | None) -> int | None:
@@ -276,6 +293,9 @@ class KeyValueEdit:
 
     ``e_super`` (j, d) are the encodings that locked keys stand for; ``o_star_v`` maps a layer to its target values
     (j, i). ``project`` is what a host calls in place of a layer's ``to_k`` or ``to_v``.
+
+    A host that knows whose word each token of a context is sets ``words`` (b, m) around the call: the number, of
+    ``numbers``, of the concept whose word it is, 0 for others.
     """
 
     def __init__(
@@ -284,7 +304,10 @@ class KeyValueEdit:
         e_super: Tensor,
         o_star_v: dict[str, Tensor],
         locks: Iterable[Lock] | None = None,
+        numbers: Sequence[int] | None = None,
     ):
+        self.words: Tensor | None = None
+        self.numbers = None if numbers is None else torch.tensor(numbers)
         self.directions = directions
         self.o_star_v = o_star_v
         self._locked = torch.cat([directions.i_star, e_super.float()])
@@ -339,17 +362,32 @@ class KeyValueEdit:
         # what was computed without a graph has none to give.
         if torch.compiler.is_compiling() or (context.requires_grad and torch.is_grad_enabled()):
             return self._compute(context)
-        shift = self.key_lock.shift
+        made_of = context, self.key_lock.shift, self.words
         for entry in self._remembered:
-            if entry.is_of(context, shift):
+            if entry.is_of(made_of):
                 return entry.value
         value = self._compute(context)
         alive = [entry for entry in self._remembered if entry.alive()][: _REMEMBERED_CONTEXTS - 1]
-        self._remembered = [_Remembered(context, shift, value), *alive]
+        self._remembered = [_Remembered(made_of, value), *alive]
         return value
 
+    def gates(self, context: Tensor) -> Tensor:
+        """g of each token, before strength, by the words that are set: (b, m, d) -> (b, m, j), float32."""
+        return self.directions_on(context.device).gates(context, self._owners(context))[1]
+
+    def belonging(self, context: Tensor) -> Tensor:
+        """How far each token is a concept's word: exactly, where words are set. (b, m, d) -> (b, m, j), float32."""
+        owners = self._owners(context)
+        return self.directions_on(context.device).belonging(context) if owners is None else owners.float()
+
+    def _owners(self, context: Tensor) -> Tensor | None:
+        """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""
+        if self.words is None or self.numbers is None or self.words.shape != context.shape[:2]:
+            return None
+        return self.words.to(context.device).unsqueeze(-1) == self.numbers.to(context.device)
+
     def _compute(self, context: Tensor) -> dict[str, Tensor]:
-        subtracted, opened = self.directions_on(context.device).coefficients(context)
+        subtracted, opened = self.directions_on(context.device).coefficients(context, self._owners(context))
         value = {"v": torch.cat([subtracted, opened], dim=-1).to(context.dtype)}
         shifted = self.key_lock.shifted(context)
         if shifted is not None:

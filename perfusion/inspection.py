@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .concept import Concept
 from .edit import ParallelConceptsError, gate, preserving_gate
-from .stack import ConceptStack, ConceptUse
+from .stack import ConceptStack, ConceptUse, word_number
 
 Role = Literal["start", "text", "end"]
 State = Literal["appears", "shut", "missing", "off"]
@@ -170,7 +170,7 @@ def inspect(
     if not 0 < threshold < 1:
         raise ValueError(f"a gate lies between 0 and 1, and so must the threshold; it is {threshold}")
     encoded = read(prompt)
-    r, gates, notes = _measure(stack, encoded.context)
+    r, gates, notes = _measure(stack, encoded)
     tokens, r, gates = _folded(encoded.tokens, r, gates)
     reports = tuple(
         _report(use, tokens, r[:, j], gates[:, j], prompt, read, threshold) for j, use in enumerate(stack.uses)
@@ -178,8 +178,10 @@ def inspect(
     return Inspection(tokens, r, gates, reports, threshold, notes)
 
 
-def _measure(stack: ConceptStack, context: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """r and gates (m, j) of a context (1, m, d). Concepts that are off are measured as if they were on, alone."""
+def _measure(stack: ConceptStack, encoded: EncodedPrompt) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """r and gates (m, j) of a prompt. Concepts that are off are measured as if they were on, alone."""
+    context = encoded.context
+    words = torch.tensor([[word_number(t.placeholder) if t.placeholder else 0 for t in encoded.tokens]])
     r = torch.zeros(context.shape[1], len(stack))
     gates, notes = torch.zeros_like(r), []
     on = [j for j, use in enumerate(stack.uses) if use.active]
@@ -191,7 +193,8 @@ def _measure(stack: ConceptStack, context: Tensor) -> tuple[Tensor, Tensor, tupl
         groups += [[j] for j in on]
     for group in groups:
         edit = ConceptStack(tuple(stack.uses[j] for j in group)).edit()
-        found, opened = edit.directions_on(context.device).gates(context)
+        edit.words = words
+        found, opened = edit.directions_on(context.device).gates(context)[0], edit.gates(context)
         r[:, group], gates[:, group] = found[0].cpu(), opened[0].cpu()
     return r, gates, tuple(notes)
 
@@ -234,12 +237,12 @@ def _report(
         off = f"Set its strength above 0 to use {word}."
         return ConceptReport(use, "off", own_r, own_gate, (), (), (off,))
     state: State = "missing" if not there else "appears" if own_gate >= OPEN else "shut"
-    other_r = float(r[~own].max()) if len(r[~own]) else -math.inf
+    # Words of other concepts are theirs, whatever is in them.
+    ordinary = torch.tensor([not token.placeholder for token in tokens])
+    other_r = float(r[ordinary].max()) if ordinary.any() else -math.inf
     advice = [_how_to_write(word, use.concept, prompt)] if state == "missing" else []
     # One piece of advice about the bias, not two that contradict each other.
-    if state in ("shut", "appears") and own_gate < WELL_OPEN <= _gate_at(use, own_r, use.gate.bias):
-        advice.append(_how_to_part(word))
-    elif state == "shut" or (state == "appears" and own_gate < WELL_OPEN and not others):
+    if state == "shut" or (state == "appears" and own_gate < WELL_OPEN and not others):
         advice.append(_how_to_open(use, own_r, other_r, threshold, read))
     elif others:
         advice.append(_how_to_close(use, own_r, other_r, answers, threshold))
@@ -274,14 +277,6 @@ def _how_to_write(word: str, concept: Concept, prompt: str) -> str:
     if concept.super_category.lower() in text:
         return f"Write {word} in place of {concept.super_category!r}."
     return f"Write {word} where it would say {concept.super_category!r}."
-
-
-def _how_to_part(word: str) -> str:
-    """What helps where a gate would be open, but another concept claims the word too."""
-    return (
-        f"Another concept claims the word {word} as well. Name each in a phrase of its own, give each a region with "
-        "Concept Settings, or switch one of them off."
-    )
 
 
 def _how_to_open(
@@ -333,7 +328,7 @@ def _how_to_close(
 def _own_gate(use: ConceptUse, encoded: EncodedPrompt) -> float:
     """The largest gate on a concept's own word in a prompt, 0 where it does not stand there."""
     own = [m for m, token in enumerate(encoded.tokens) if token.placeholder == use.concept.placeholder]
-    _, gates, _ = _measure(ConceptStack((use,)), encoded.context)
+    _, gates, _ = _measure(ConceptStack((use,)), encoded)
     return float(gates[own].max()) if own else 0.0
 
 

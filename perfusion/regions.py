@@ -3,11 +3,11 @@
 Cross-attention at place p looks at token m by softmax_m(q_p . k_m / sqrt(width)). A concept j that is to be in a region
 only, R_j(p) from 0 to 1, takes part of its words' share away elsewhere: to what stands before the softmax is added
 
-    log(1 - w_mj (1 - R_j(p)))        with w_mj from 0, where its gate is half open or less, to 1, where it is open
+    log(1 - w_mj (1 - R_j(p)))        with w_mj from 0, for a word that is not the concept's, to 1, for one that is
 
 which is 0 inside the region and for words that are not the concept's, and multiplies the share of its own words by
-nothing outside. Like the edit itself it is a function of the text context, not of places in the prompt: it holds
-whatever context another extension hands over.
+nothing outside. It does not depend on how the concept's gate is set. Like the edit itself it is a function of the text
+context, not of places in the prompt: it holds whatever context another extension hands over.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-_FULL_GATE = 0.8  # a word whose gate is open that far is the concept's own: the gate at r = 1 seldom reaches 1
-_OPEN_GATE = 0.5  # below, a word is not the concept's
+# Belonging that is guessed from encodings seldom reaches 1, and is seldom 0: below the first a word is not the
+# concept's, above the second it is.
+_FOREIGN, _OWN = 0.5, 0.8
 _LEAST = 1e-6
 
 
@@ -34,19 +35,19 @@ def sizes_of(height: int, width: int) -> dict[int, tuple[int, int]]:
     return sizes
 
 
-def attention_bias(gates: Tensor, regions: Sequence[Tensor | None], size: tuple[int, int]) -> Tensor | None:
+def attention_bias(belonging: Tensor, regions: Sequence[Tensor | None], size: tuple[int, int]) -> Tensor | None:
     """What is added before the softmax of a layer with ``size`` (height, width) places: (b, t, m), float32.
 
-    ``gates`` (b, m, j) say how far each concept's gate is open on each token, ``regions`` (height, width) where each
-    may be. None where no concept has a region.
+    ``belonging`` (b, m, j), 0 to 1, says how far each token is each concept's word, ``regions`` (height, width) where
+    each concept may be. None where no concept has a region.
     """
     bias: Tensor | None = None
     for j, region in enumerate(regions):
         if region is None:
             continue
-        shaped = interpolate(region[None, None].to(gates).clamp(0, 1), size, mode="area")
+        shaped = interpolate(region[None, None].to(belonging).clamp(0, 1), size, mode="area")
         outside = 1 - rearrange(shaped, "1 1 h w -> (h w)")
-        own = ((gates[..., j] - _OPEN_GATE) / (_FULL_GATE - _OPEN_GATE)).clamp(0, 1)
+        own = ((belonging[..., j] - _FOREIGN) / (_OWN - _FOREIGN)).clamp(0, 1)
         added = torch.log((1 - torch.einsum("bm,t->btm", own, outside)).clamp_min(_LEAST))
         bias = added if bias is None else bias + added
     return bias

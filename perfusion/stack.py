@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class ConceptUse:
     def __post_init__(self) -> None:
         if self.lock not in LOCKS:
             raise ValueError(f"a key lock is one of {', '.join(LOCKS)}, not {self.lock!r}")
-        if not 0 <= self.start <= self.end <= 1:
+        if not 0 <= self.start < self.end <= 1:
             raise ValueError(
                 f"{self.concept.placeholder} would be from {self.start:g} to {self.end:g} of sampling: start and end "
                 "lie between 0 and 1, and start comes first"
@@ -54,12 +55,16 @@ class ConceptUse:
     @property
     def active(self) -> bool:
         """Whether it changes anything."""
-        return self.gate.strength != 0 and self.start < self.end
+        return self.gate.strength != 0
 
     @property
     def always(self) -> bool:
         """Whether it is in all of sampling."""
         return self.start == 0 and self.end == 1
+
+    def shut(self) -> ConceptUse:
+        """The same, changing nothing."""
+        return replace(self, gate=replace(self.gate, strength=0.0))
 
     def locked(self, lock: Lock) -> ConceptUse:
         """The same with another key lock, unless it has one of its own."""
@@ -109,10 +114,6 @@ class ConceptStack:
         """Their words, in order."""
         return [use.concept.placeholder for use in self.uses]
 
-    def only(self, chosen: Sequence[bool]) -> ConceptStack:
-        """Those that are chosen, in order."""
-        return ConceptStack(tuple(use for use, taken in zip(self.uses, chosen, strict=True) if taken))
-
     def changed(self, word: str, change: Callable[[ConceptUse], ConceptUse]) -> ConceptStack:
         """The same with another use of the concept of one word, or, where ``word`` is empty, of all of them.
 
@@ -149,12 +150,29 @@ class ConceptStack:
             torch.stack([c.e_super for c in concepts]),
             {layer: torch.stack([c.o_star_v[layer] for c in concepts]) for layer in concepts[0].family.layers},
             [use.lock for use in self.uses],
+            [word_number(concept.placeholder) for concept in concepts],
         )
 
 
-def shut_words(stack: ConceptStack, edit: KeyValueEdit, encodings: Sequence[Tensor]) -> list[str]:
-    """The words of a stack whose gate no token of any encoding (b, m, d) opens by half; none without encodings."""
-    gates = [edit.directions_on(e.device).gates(e)[1].amax(dim=(0, 1)).cpu() for e in encodings]
+def word_number(placeholder: str) -> int:
+    """A number above 0 that stands for a concept's word, the same everywhere."""
+    return 1 + int.from_bytes(sha256(placeholder.lower().encode()).digest()[:4], "big")
+
+
+def shut_words(
+    stack: ConceptStack, edit: KeyValueEdit, encodings: Sequence[Tensor], words: Sequence[Tensor | None] | None = None
+) -> list[str]:
+    """The words of a stack whose gate no token of any encoding (b, m, d) opens by half; none without encodings.
+
+    ``words`` (b, m) of each: see ``KeyValueEdit``.
+    """
+    gates = []
+    for encoding, known in zip(encodings, words or [None] * len(encodings), strict=True):
+        edit.words = known
+        try:
+            gates.append(edit.gates(encoding).amax(dim=(0, 1)).cpu())
+        finally:
+            edit.words = None
     if not gates:
         return []
     widest = torch.stack(gates).amax(dim=0)

@@ -8,6 +8,7 @@ its dual in the second moment of a few captions, e_super encodes the super-categ
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -260,15 +261,27 @@ def projection_weights(model: Any, layer: str, lora: dict[str, Tensor] | None = 
     return weights[0], weights[1]
 
 
+def word_owners(conditionings: list[Any], uses: list[Any]) -> Tensor:
+    """``owners`` for ``expected_projection``, as conditionings of one length tell them: (b, m)."""
+    told = torch.cat([conditioning[0][1]["model_conds"]["perfusion_words"].cond for conditioning in conditionings])
+    owners = torch.full(told.shape[:2], -1)
+    for j, use in enumerate(uses):
+        digest = hashlib.sha256(use.concept.placeholder.encode()).digest()
+        owners[told.squeeze(-1) == 1 + int.from_bytes(digest[:4], "big")] = j
+    return owners
+
+
 def expected_projection(
     context: Tensor,
     weight: Tensor,
     uses: list[Any],
     targets: list[Tensor],
+    owners: Tensor | None = None,
 ) -> Tensor:
     """The edit, written down once more, naively and in float64: sum over concepts and tokens of method.md's equations.
 
-    context (b, m, d), weight (i, d), targets: o* (i,) of each concept.
+    context (b, m, d), weight (i, d), targets: o* (i,) of each concept, owners (b, m): the place in ``uses`` of the
+    concept whose word a token is, -1 for nobody's.
     """
     e = context.cpu().double()
     out = e @ weight.T
@@ -282,6 +295,9 @@ def expected_projection(
         parts = scores @ torch.linalg.inv(gram)
     everyone = torch.stack([torch.stack([i @ d for d in d_stars]) for i in i_stars])
     claims = torch.exp(torch.stack([e @ d for d in d_stars], dim=-1) @ torch.linalg.inv(everyone) / 0.1)
+    if owners is not None:
+        for m in (owners >= 0).nonzero().tolist():
+            claims[tuple(m)] = torch.eye(len(uses), dtype=torch.float64)[owners[tuple(m)]]
     for j, use in enumerate(uses):
         r = (e @ d_stars[j]) / (i_stars[j] @ d_stars[j])
         beta, tau = use.gate.bias, use.gate.temperature

@@ -71,7 +71,9 @@ def test_the_template_browser_lists_the_workflows(server: ComfyServer) -> None:
         assert served[:2] == b"\xff\xd8"
 
 
-@pytest.mark.parametrize("node", ["TrainConcept", "SaveConcept", "LoadConcepts", "ApplyConcepts", "MiniaturePhotos", "TradeOff"])
+@pytest.mark.parametrize(
+    "node", ["TrainConcept", "SaveConcept", "LoadConcepts", "ApplyConcepts", "MiniaturePhotos", "TradeOff"]
+)
 def test_help_pages_are_served(server: ComfyServer, node: str) -> None:
     assert server.request(f"/extensions/ComfyUI-Perfusion/docs/Perfusion{node}.md").startswith(b"#")
 
@@ -134,6 +136,26 @@ def test_the_miniature_needs_nothing_but_run(server: ComfyServer, nodes_2: bool)
     kinds = [last["prompt"][2][node]["class_type"] for node in executed(last)]
     # What the first has learned is used by the second: trainings of one node id and the same settings are.
     assert kinds.count("PerfusionTrainConcept") == 1
+
+
+def test_what_is_new_in_the_miniature_s_world_needs_nothing_but_run_either(server: ComfyServer) -> None:
+    """The trade-off, two of one kind in regions, and a concept inside the workflow; in fewer steps."""
+    with comfy_page(server) as page:
+        for name in ("shared_concept", "several_concepts", "trade_off"):
+            load_graph(page, workflow(name))
+            assert_same(prompt_of(page), name)
+            if name != "shared_concept":
+                set_values(page, "PerfusionTrainConcept", **QUICK | {"steps": 2})
+            if name == "trade_off":
+                set_values(page, "PerfusionTradeOff", steps=2, bias="0.3, 0.9", temperature="0.15")
+                set_values(page, "PerfusionMiniatureLatent", batch_size=2)
+            set_values(page, "KSampler", steps=2)
+            run_graph(page)
+            wait_for_pictures(page, "SaveImage", 1)
+            if name == "trade_off":
+                wait_for_pictures(page, "PerfusionTradeOff", 2)
+            photograph(page, name)
+            assert red_nodes(page) == []
 
 
 @RENDERERS

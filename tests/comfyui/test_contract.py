@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.concepts import CAT, LAYERS, TEDDY, Lab, expected_projection, projection_weights, recorded
+from tests.concepts import CAT, LAYERS, TEDDY, Lab, expected_projection, projection_weights, recorded, word_owners
 from tests.hosts import ComfyHost
 from tests.models import miniature_parts
 
@@ -113,14 +113,17 @@ def test_attention_receives_the_edited_keys_and_values(lab: Lab, forms: tuple[st
     stack = lab.stack(*concepts)
     stack.uses[1].gate.__dict__.update(bias=0.5, temperature=0.2, strength=0.7)
     model, clip = lab.host.module("perfusion.hosts.comfyui.combined").apply_concepts(model, clip, stack)
+    texts = [lab.encode(clip, BOTH), lab.encode(clip, "blurry")]
     with recorded(model) as (watched, seen):
-        lab.sample(watched, lab.encode(clip, BOTH), lab.encode(clip, "blurry"), steps=1)
+        lab.sample(watched, *texts, steps=1)
     lab.forget()  # else the weights that are read below already have the LoRA in them
     for layer in LAYERS:
         (call,) = seen[layer]
+        owners = word_owners([texts[which] for which in call.cond_or_uncond], stack.uses)
+        assert sorted(owners.unique().tolist()) == [-1, 0, 1]
         to_k, to_v = projection_weights(lab.model, layer, lora)
-        k = expected_projection(call.context, to_k, stack.uses, [to_k @ c.e_super.double() for c in concepts])
-        v = expected_projection(call.context, to_v, stack.uses, [c.o_star_v[layer].double() for c in concepts])
+        k = expected_projection(call.context, to_k, stack.uses, [to_k @ c.e_super.double() for c in concepts], owners)
+        v = expected_projection(call.context, to_v, stack.uses, [c.o_star_v[layer].double() for c in concepts], owners)
         assert apart(call.k, k) <= 2e-6, layer
         assert apart(call.v, v) <= 2e-6, layer
         unedited = call.context.double() @ to_v.T
@@ -464,7 +467,7 @@ def test_local_and_global_locks_together(lab: Lab, teddy: Any, cat: Any) -> None
     for layer in LAYERS:
         to_k, _ = projection_weights(lab.model, layer)
         targets = [to_k @ concept.e_super.double() for concept in (teddy, cat)]
-        edit = expected_projection(own, to_k, uses, targets) - own @ to_k.T
+        edit = expected_projection(own, to_k, uses, targets, word_owners([positive], uses)) - own @ to_k.T
         k, v = both[layer][0]
         assert apart(k, (twin @ to_k.T + edit)[0]) <= 2e-6
         assert apart(v, locally[layer][0][1]) <= 1e-6

@@ -203,8 +203,10 @@ def test_of_two_concepts_one_may_leave(lab: Lab) -> None:
     both = stack.ConceptStack((stack.ConceptUse(teddy), stack.ConceptUse(cat, start=0.9)))
     model, clip = at(lab, both)
     text, negative = lab.encode(clip, BOTH), lab.encode(clip, "blurry")
-    alone = at(lab, scheduled(lab))[0]
-    assert torch.equal(drawn(lab, model, text, negative), drawn(lab, alone, text, negative))
+    # Its word stays its own: the other does not take it.
+    apply, shut = lab.host.module("perfusion.hosts.comfyui.apply"), lab.model.clone()
+    apply.attach(shut, apply.Applied(stack.ConceptStack((stack.ConceptUse(teddy), stack.ConceptUse(cat).shut()))))
+    assert torch.equal(drawn(lab, model, text, negative), drawn(lab, shut, text, negative))
 
 
 # --- regions
@@ -246,6 +248,31 @@ def test_a_region_keeps_the_word_inside_and_other_extensions_in_work(lab: Lab) -
         assert torch.equal(mask[:, :, : side // 2], torch.zeros_like(mask[:, :, : side // 2]))
         words = (outside < -9).sum(dim=1)
         assert sorted(words.tolist()) == [0, 1], "the word of the prompt, none of the negative prompt"
+
+
+@pytest.mark.parametrize("bias", [0.9, 1.5, -0.5])
+def test_a_region_holds_whatever_the_bias(lab: Lab, bias: float) -> None:
+    gate = lab.host.module("perfusion.edit").Gate(bias=bias)
+    model, clip = at(lab, scheduled(lab, region=left(), gate=gate))
+    watched, masks = model.clone(), Masks()
+    watched.model_options["transformer_options"] = {"optimized_attention_override": masks}
+    lab.sample(watched, lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry"), steps=1)
+    outside = [
+        mask.view(2, 8, 8, -1)[:, :, 4:].amin(dim=(1, 2))
+        for places, mask in masks.seen
+        if places == 64 and mask is not None
+    ]
+    assert outside and all(sorted((words < -9).sum(dim=1).tolist()) == [0, 1] for words in outside)
+
+
+def test_areas_know_no_region_and_say_so(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    model, clip = at(lab, scheduled(lab, region=left()))
+    free, _ = at(lab, scheduled(lab))
+    area = lab.host.nodes["ConditioningSetArea"]().append
+    text, negative = area(lab.encode(clip, f"a {TEDDY}"), 32, 64, 0, 0, 1.0)[0], lab.encode(clip, "blurry")
+    found = lab.sample(model, text + negative, negative)
+    assert "Regions are left out where a conditioning has an area" in caplog.text
+    assert torch.allclose(found, lab.sample(free, text + negative, negative), atol=1e-4)
 
 
 def test_a_region_of_the_whole_picture_changes_nothing_and_a_part_does(lab: Lab) -> None:
@@ -458,7 +485,10 @@ def test_pictures_are_most_like_themselves(comfy_host: ComfyHost, lab: Lab) -> N
     [
         ({}, "Score: connect photos, or score_clip and a prompt"),
         ({"prompt": "a cat"}, "Score, input 'score_clip': connect the text encoder"),
-        ({"prompt": "a\nb", "score_clip": ["checkpoint", 1]}, "Score, input 'prompt': it has 2 lines for 3 pictures"),
+        (
+            {"prompt": "a\nb", "score_clip": ["checkpoint", 1]},
+            "Score, input 'prompt': there are 2 texts for 3 pictures",
+        ),
     ],
 )
 def test_bad_scores(comfy_host: ComfyHost, lab: Lab, inputs: dict[str, Any], message: str) -> None:

@@ -298,8 +298,10 @@ def test_its_gates_are_those_of_the_edit(comfy_host: ComfyHost, lab: Lab, files:
         both, taught = module.in_force(lab.clip, stack)
         found = comfy_host.module("perfusion.inspection").inspect(both, text, partial(module.read, taught))
         _, clip = lab.applied(*stack.concepts)
-        context = lab.encode(clip, text)[0][0]
-    r, gates = stack.edit().directions.gates(context)
+        ((context, told), *_) = lab.encode(clip, text)
+    edit = stack.edit()
+    edit.words = told["model_conds"]["perfusion_words"].cond.squeeze(-1)
+    r, gates = edit.directions.gates(context)[0], edit.gates(context)
     end = len(found.tokens) - 1
     assert torch.equal(found.gates[:end], gates[0, :end]) and torch.equal(found.r[:end], r[0, :end])
     assert torch.equal(found.gates[end], gates[0, end:].amax(dim=0))

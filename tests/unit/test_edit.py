@@ -408,9 +408,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = Directions.coefficients
 
-    def counted(self: Directions, context: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(self: Directions, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         calls.append(1)
-        return original(self, context)
+        return original(self, context, owners)
 
     monkeypatch.setattr(Directions, "coefficients", counted)
     return calls

@@ -10,9 +10,9 @@ from perfusion.regions import attention_bias, sizes_of
 LEFT = torch.cat([torch.ones(8, 4), torch.zeros(8, 4)], dim=1)
 
 
-def shares(gates: torch.Tensor, regions: list[torch.Tensor | None], size: tuple[int, int] = (4, 4)) -> torch.Tensor:
+def shares(belonging: torch.Tensor, regions: list[torch.Tensor | None], size: tuple[int, int] = (4, 4)) -> torch.Tensor:
     """Attention (t, m) from scores that are all alike."""
-    bias = attention_bias(gates, regions, size)
+    bias = attention_bias(belonging, regions, size)
     assert bias is not None
     return torch.softmax(bias[0], dim=-1)
 
@@ -39,7 +39,7 @@ def test_soft_edges_take_a_part() -> None:
     assert torch.allclose(found[:, 0], torch.tensor(1 / 3))
 
 
-def test_gates_that_are_half_shut_and_concepts_without_region_are_left_alone() -> None:
+def test_words_that_hardly_belong_and_concepts_without_region_are_left_alone() -> None:
     assert attention_bias(torch.rand(2, 5, 2), [None, None], (4, 4)) is None
     bias = attention_bias(torch.full((2, 5, 2), 0.5), [LEFT, None], (4, 4))
     assert bias is not None and bias.shape == (2, 16, 5)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from perfusion.concept import Concept
 from perfusion.edit import Gate, ParallelConceptsError
 from perfusion.family import Family, name_of
-from perfusion.stack import MAX_CONCEPTS, ConceptStack, ConceptUse, StackError
+from perfusion.stack import MAX_CONCEPTS, ConceptStack, ConceptUse, StackError, word_number
 
 FAMILY = Family("small", 24, {"clip_l": 24}, {"input_blocks.1.1": (2, 3), "middle_block.1": (1, 5)})
 
@@ -154,14 +156,15 @@ def test_a_lock_of_its_own_stays() -> None:
     assert [use.lock for use in stack.locked("local").uses] == ["global", "local"]
 
 
-@pytest.mark.parametrize(("start", "end"), [(-0.1, 1), (0, 1.1), (0.6, 0.5), (float("nan"), 1), (0, float("nan"))])
+@pytest.mark.parametrize(
+    ("start", "end"), [(-0.1, 1), (0, 1.1), (0.6, 0.5), (0.5, 0.5), (float("nan"), 1), (0, float("nan"))]
+)
 def test_a_schedule_that_makes_no_sense_is_refused(start: float, end: float) -> None:
     with pytest.raises(ValueError, match="<it-0> would be from .* start comes first"):
         stack_of(1, start=start, end=end)
 
 
-def test_in_no_part_of_sampling_is_off() -> None:
-    assert len(stack_of(2, start=0.5, end=0.5).active) == 0
+def test_what_is_in_all_of_sampling() -> None:
     assert [use.always for use in stack_of(1, end=0.9).uses + stack_of(1).uses] == [False, True]
 
 
@@ -251,3 +254,41 @@ def test_forms_compete_with_each_other() -> None:
     assert (opened > 0.5).tolist() == [[True, False], [False, True]]
     subtracted, added = stack.edit().directions.coefficients(words)
     assert torch.allclose(subtracted[..., 1], -added[..., 1]), "the preserving form adds and takes away alike"
+
+
+def test_words_that_are_known_are_their_concepts_altogether() -> None:
+    """Whatever is in the encodings; and ordinary words are read as before."""
+    stack = alike(3)
+    edit, context = stack.edit(), torch.stack([concept.i_star for concept in stack.concepts])[None]
+    context = torch.cat([context, torch.randn(1, 4, 24)], dim=1)
+    guessed = edit.gates(context)
+    edit.words = torch.tensor([[word_number("<it-2>"), word_number("<IT-0>"), word_number("<it-1>"), 0, 0, 0, 0]])
+    known = edit.gates(context)
+    assert torch.equal(known[0, :3] > 0, torch.eye(3).bool()[[2, 0, 1]])
+    assert torch.equal(known[0, 3:], guessed[0, 3:])
+    layer = next(iter(edit.o_star_v))
+    weight = torch.randn(stack.concepts[0].o_star_v[layer].shape[0], 24)
+    told = edit.project(layer, "v", context, lambda x: x @ weight.T)
+    edit.words = None
+    assert not torch.allclose(told, edit.project(layer, "v", context, lambda x: x @ weight.T)), "not from the cache"
+    edit.words = torch.zeros(1, 3, dtype=torch.long)
+    assert torch.equal(edit.gates(context), guessed), "words of another context say nothing"
+
+
+@given(st.floats(-1, 2), st.floats(0.01, 1))
+def test_what_belongs_to_a_concept_does_not_depend_on_its_gate(bias: float, temperature: float) -> None:
+    """A region holds whatever the bias, and with words known exactly."""
+    stack = ConceptStack(tuple(replace(use, gate=Gate(bias, temperature)) for use in alike().uses))
+    edit = stack.edit()
+    words = torch.stack([concept.i_star for concept in stack.concepts])[None]
+    assert (edit.belonging(words)[0] > 0.8).tolist() == [[True, False], [False, True]]
+    edit.words = torch.tensor([[word_number("<it-1>"), 0]])
+    assert edit.belonging(words)[0].tolist() == [[0, 1], [0, 0]]
+
+
+def test_a_batch_that_is_split_up_is_refused_by_name() -> None:
+    edit = stack_of(1).edit([[Gate(0.1)], [Gate(0.2)]])
+    assert edit.gates(torch.randn(1, 5, 24)).shape == (2, 5, 1), "one context may be looked at with all settings"
+    layer = next(iter(edit.o_star_v))
+    with pytest.raises(ValueError, match="set for the 2 rows of a batch, and 1 arrived"):
+        edit.project(layer, "v", torch.randn(1, 5, 24), lambda x: x[..., :2])

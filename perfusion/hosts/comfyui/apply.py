@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ...edit import Gate, KeyValueEdit
 from ...stack import ConceptStack, shut_words
 from .regions import confined
 from .structure import projections
-from .text import KEY, KEY_SHIFT, KeyShift
+from .text import KEY, KEY_SHIFT, KEY_WORDS, Companion
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,15 @@ class Applied:
     """What is applied to one patcher, as its attachment; a clone of the patcher gets a copy of its own.
 
     ``rows``: gates of each concept for each row of a batch, see ``ConceptStack.edit``. ``edit`` is what is in force:
-    that of all concepts, but for the time of one call of the network that of those which are in at its level of noise.
+    that of all concepts, but for the time of one call of the network that in which those are shut that are not in at
+    its level of noise. ``picture`` is the height and width of what is sampled.
     """
 
     def __init__(self, stack: ConceptStack, rows: Rows | None = None):
         self.stack = stack
         self.rows = rows
-        self.told_of_fallback = False
+        self.told_of_fallback = self.told_of_regions = False
+        self.picture: tuple[int, int] | None = None
         self.edit: KeyValueEdit | None = stack.edit(rows) if len(stack) else None
         self.scheduled = not all(use.always for use in stack.uses)
         self.has_regions = any(use.region is not None for use in stack.uses)
@@ -52,11 +54,16 @@ class Applied:
         return Applied(self.stack, self.rows)
 
     def edit_of(self, chosen: tuple[bool, ...]) -> KeyValueEdit | None:
-        """The edit of some of the concepts, None for none of them."""
+        """The edit of some of the concepts, None for none of them. The others change nothing, but their words stay
+        theirs: else those that are in would take them.
+        """
         if chosen not in self._edits:
-            some = self.stack.only(chosen)
-            rows = self.rows and [list(compress(gates, chosen)) for gates in self.rows]
-            self._edits[chosen] = some.edit(rows) if len(some) else None
+            uses = [use if on else use.shut() for use, on in zip(self.stack.uses, chosen, strict=True)]
+            rows = self.rows and [
+                [gate if on else replace(gate, strength=0.0) for gate, on in zip(gates, chosen, strict=True)]
+                for gates in self.rows
+            ]
+            self._edits[chosen] = ConceptStack(tuple(uses)).edit(rows) if any(chosen) else None
         return self._edits[chosen]
 
 
@@ -149,26 +156,40 @@ def _nothing(patcher: Any) -> None:
 
 def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one call of the network: those concepts are in whose part of sampling it is, the words of those with a
-    region are looked for there only, and the shift that came with the conditioning is handed to the edit in force.
+    region are looked for there only, and what came with the conditioning, the shift and whose word each token is, is
+    handed to the edit in force.
     """
-    shift = kwargs.pop(KEY_SHIFT, None)
+    shift, words = kwargs.pop(KEY_SHIFT, None), kwargs.pop(KEY_WORDS, None)
     patcher = getattr(executor.class_obj, "current_patcher", None)
     owner = patcher.get_attachment(KEY) if patcher is not None else None
     if owner is None or owner.edit is None:
         return executor(*args, **kwargs)
     if not owner.scheduled and not owner.has_regions:
-        return _with_key_shift(owner, shift, executor, args, kwargs)
+        return _told(owner, shift, words, executor, args, kwargs)
     everything, chosen = owner.edit, _in_turn(owner.stack, args[1], executor.class_obj.model_sampling)
     owner.edit = owner.edit_of(chosen)
     try:
         if owner.edit is None:
             return executor(*args, **kwargs)
-        regions = [use.region for use in owner.stack.only(chosen).uses]
-        if any(region is not None for region in regions):
+        regions = [use.region for use in owner.stack.uses]
+        if any(region is not None for region in regions) and _is_whole(owner, args[0]):
             args, kwargs = _with_options(args, kwargs, partial(confined, edit=owner.edit, regions=regions))
-        return _with_key_shift(owner, shift, executor, args, kwargs)
+        return _told(owner, shift, words, executor, args, kwargs)
     finally:
         owner.edit = everything
+
+
+def _is_whole(owner: Applied, latent: Tensor) -> bool:
+    """Whether a call of the network is for the whole picture, whose places regions are of; tells once if not."""
+    if owner.picture is None or owner.picture == tuple(latent.shape[-2:]):
+        return True
+    if not owner.told_of_regions:
+        owner.told_of_regions = True
+        logger.warning(
+            "Regions are left out where a conditioning has an area of its own, or a picture is drawn in parts: the "
+            "model is not told which part it is."
+        )
+    return False
 
 
 def _in_turn(stack: ConceptStack, sigma: Tensor, sampling: Any) -> tuple[bool, ...]:
@@ -190,7 +211,8 @@ def _with_options(
     return args, {**kwargs, "transformer_options": changed(kwargs.get("transformer_options") or {})}
 
 
-def _with_key_shift(owner: Applied, shift: Tensor | None, executor: Any, args: Any, kwargs: Any) -> Any:
+def _told(owner: Applied, shift: Tensor | None, words: Tensor | None, executor: Any, args: Any, kwargs: Any) -> Any:
+    """The call of the network, with what came along set on the edit in force."""
     assert owner.edit is not None
     if shift is None and "global" in owner.edit.key_lock.locks and not owner.told_of_fallback:
         owner.told_of_fallback = True
@@ -200,17 +222,21 @@ def _with_key_shift(owner: Applied, shift: Tensor | None, executor: Any, args: A
         )
     edit = owner.edit
     edit.key_lock.shift = shift
+    edit.words = None if words is None else words.squeeze(-1)
     try:
         return executor(*args, **kwargs)
     finally:
-        edit.key_lock.shift = None
+        edit.key_lock.shift = edit.words = None
 
 
 def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) -> None:
     """Name the concepts whose gate no token of any prompt opens by half."""
-    encodings = [conditioning.get("cross_attn") for some in conds.values() for conditioning in some]
-    encodings = [encoding for encoding in encodings if encoding is not None]
-    shut = [] if owner.edit is None else shut_words(owner.stack, owner.edit, encodings)
+    all_of_them = [conditioning for some in conds.values() for conditioning in some]
+    told = [conditioning for conditioning in all_of_them if conditioning.get("cross_attn") is not None]
+    words = [conditioning.get("model_conds", {}).get(KEY_WORDS) for conditioning in told]
+    known = [word.cond.squeeze(-1) if isinstance(word, Companion) else None for word in words]
+    encodings = [conditioning["cross_attn"] for conditioning in told]
+    shut = [] if owner.edit is None else shut_words(owner.stack, owner.edit, encodings, known)
     if shut:
         logger.warning(
             "%s will not appear: no prompt of this run contains the word, or its gate stays shut. Write the word into "
@@ -220,18 +246,20 @@ def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) 
 
 
 def _before_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Before sampling, says which concepts cannot appear, and takes the shift from conditionings that other nodes have
-    joined, blended or blanked since: it belongs to one encoding only; without it their keys are locked locally.
+    """Before sampling, says which concepts cannot appear, and takes what is told of each token from conditionings that
+    other nodes have joined, blended or blanked since: it belongs to one encoding only. Without a shift their keys are
+    locked locally, and without words their gates compete by what is in the encodings.
     """
-    owner = executor.class_obj.model_patcher.get_attachment(KEY)
-    if owner is not None:
-        _warn_of_shut_gates(owner, getattr(executor.class_obj, "conds", {}))
     for conditionings in getattr(executor.class_obj, "conds", {}).values():
         for conditioning in conditionings:
-            shift = conditioning.get("model_conds", {}).get(KEY_SHIFT)
-            if isinstance(shift, KeyShift) and not shift.belongs_to(conditioning.get("cross_attn")):
-                others = {name: value for name, value in conditioning["model_conds"].items() if name != KEY_SHIFT}
-                conditioning["model_conds"] = others
+            told, encoding = conditioning.get("model_conds", {}), conditioning.get("cross_attn")
+            stale = [k for k, v in told.items() if isinstance(v, Companion) and not v.belongs_to(encoding)]
+            if stale:
+                conditioning["model_conds"] = {key: value for key, value in told.items() if key not in stale}
+    owner = executor.class_obj.model_patcher.get_attachment(KEY)
+    if owner is not None:
+        owner.picture = tuple(args[0].shape[-2:])
+        _warn_of_shut_gates(owner, getattr(executor.class_obj, "conds", {}))
     return executor(*args, **kwargs)
 
 

@@ -20,6 +20,7 @@ from .combined import apply_concepts
 
 logger = logging.getLogger(__name__)
 
+_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of empty latents, in newer hosts
 _MOST_ROWS = 16  # pictures at once
 _MOST_ROWS_ON_CPU = 4  # more take no less time there, and canceling waits for a step of all
 
@@ -39,7 +40,8 @@ class Sampling:
 
 
 class TradeOffDrawing:
-    """Draws cells: the weights are loaded once, and only gates differ among the rows of a batch.
+    """Draws cells: the weights are loaded once, and only gates differ among the rows of a batch. All concepts of the
+    stack are on.
 
     Every cell starts from the same noise, that which KSampler makes of this seed and latent.
     ``report(rows)`` is called after each step with how many rows took it, and may raise to stop.
@@ -56,9 +58,12 @@ class TradeOffDrawing:
         report: Callable[[int], None],
     ):
         self._model, self._clip, self._vae = model, clip, vae
-        self._stack, self._word, self._sampling, self._report = stack.active, word, sampling, report
+        self._stack, self._word, self._sampling, self._report = stack, word, sampling, report
         # The host knows latents and noise that are no tensors, of several parts; pictures have none of these.
-        latent: Any = comfy.sample.fix_empty_latent_channels(model, sampling.latent["samples"])
+        ratios = [sampling.latent[name] for name in _RATIOS if name in sampling.latent]
+        latent: Any = comfy.sample.fix_empty_latent_channels(model, sampling.latent["samples"], *ratios)
+        if "noise_mask" in sampling.latent:
+            raise ValueError("the latent has a mask for inpainting, which is not drawn here: connect an empty latent")
         if latent.ndim != 4:
             raise ValueError("the latent is not that of pictures: connect an Empty Latent Image")
         self._latent: Any = latent

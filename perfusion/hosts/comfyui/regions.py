@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...edit import KeyValueEdit
@@ -31,7 +32,7 @@ class _Layers:
         self._context: Tensor | None = None
         self._size: tuple[int, int] | None = None
         self._biases: dict[tuple[int, int], Tensor | None] = {}
-        self._gates: Tensor | None = None
+        self._belonging: Tensor | None = None
 
     def announce(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, ...]:
         """The host's patch before a block's cross-attention, which changes nothing."""
@@ -40,7 +41,7 @@ class _Layers:
         # All layers look at one context, unless another patch hands over its own.
         if context is not self._context:
             self._context, self._biases = context, {}
-            self._gates = self._edit.directions_on(context.device).gates(context)[1]
+            self._belonging = self._edit.belonging(context)
         self._size = size
         return n, context, value
 
@@ -53,16 +54,20 @@ class _Layers:
         if size is not None and crossed and q.shape[1] == size[0] * size[1]:
             bias = self._bias(size)
             mask = args[0] if args else kwargs.pop("mask", None)
-            if bias is not None:
-                bias = bias.to(q)
-                mask = bias if mask is None else mask + bias
-            args = (mask, *args[1:])
+            args = (mask if bias is None else _added(bias.to(q), mask), *args[1:])
         if self._following is not None:
             return self._following(chosen, q, k, v, heads, *args, **kwargs)
         return chosen(q, k, v, heads, *args, **kwargs)
 
     def _bias(self, size: tuple[int, int]) -> Tensor | None:
         if size not in self._biases:
-            assert self._gates is not None
-            self._biases[size] = attention_bias(self._gates, self._regions, size)
+            assert self._belonging is not None
+            self._biases[size] = attention_bias(self._belonging, self._regions, size)
         return self._biases[size]
+
+
+def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """A bias together with a mask of somebody else: numbers to add, or bool where attention is allowed."""
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask

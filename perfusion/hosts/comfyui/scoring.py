@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -118,10 +119,10 @@ class Comparison:
         self._text = similarity.texts([prompt])
 
     def scored(self, trial: Trial) -> Trial:
-        """The trial with mean cosines over its pictures."""
+        """The trial with mean cosines over its pictures; without, where one of them holds no numbers."""
         embedded = self._similarity.images(trial.pictures)
         image, text = (float((embedded @ other.T).mean()) for other in (self._photos, self._text))
-        return replace(trial, image=image, text=text)
+        return replace(trial, image=image, text=text) if math.isfinite(image) and math.isfinite(text) else trial
 
 
 def _text_projection(clip: Any) -> Tensor | None:

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from ...hosts.base import Encodings, Word
 from ...locking import twin
-from ...stack import ConceptStack
+from ...stack import ConceptStack, word_number
 from .structure import encoder_widths
 
 KEY = "perfusion"
 KEY_SHIFT = "perfusion_key_shift"
+KEY_WORDS = "perfusion_words"
 KEY_CAPTIONS = "perfusion_captions"
 
 
-class KeyShift(CONDCrossAttn):
-    """A shift (1, m, d) on its way with a conditioning, and the encoding that it belongs to."""
+class Companion(CONDCrossAttn):
+    """What is told of each token, (1, m, d) or (1, m, 1), on its way with a conditioning, and the encoding it is of."""
 
     def __init__(self, cond: Tensor, encoding: Tensor | None = None):
         super().__init__(cond)
@@ -223,9 +224,10 @@ def apply_to_clip(clip: Any, stack: ConceptStack) -> Any:
         },
     )
     clone.patcher.set_attachments(KEY, Words(together))
-    if any(use.lock == "global" for use in together.uses):
-        super_categories = _super_category_tokens(clip, together)
-        clone.patcher.set_injections(KEY, [_twin_injection(super_categories)])
+    super_categories = _super_category_tokens(clip, together)
+    tells_words = len(together) > 1 or any(use.region is not None for use in together.uses)
+    if any(super_categories.values()) or tells_words:
+        clone.patcher.set_injections(KEY, [_telling_injection(super_categories, tells_words)])
     return clone
 
 
@@ -241,8 +243,10 @@ def _super_category_tokens(clip: Any, stack: ConceptStack) -> dict[str, dict[str
     }
 
 
-def _twin_injection(super_categories: Mapping[str, Mapping[str, list[int]]]) -> PatcherInjection:
-    """Makes the text encoder deliver, with each conditioning, the shift to its twin with super-categories in place."""
+def _telling_injection(super_categories: Mapping[str, Mapping[str, list[int]]], tells_words: bool) -> PatcherInjection:
+    """Makes the text encoder deliver, with each conditioning, the shift to its twin with super-categories in place,
+    and, where it ``tells_words``, whose word each token is.
+    """
 
     def inject(patcher: Any) -> None:
         model, words = patcher.model, patcher.get_attachment(KEY)
@@ -255,11 +259,16 @@ def _twin_injection(super_categories: Mapping[str, Mapping[str, list[int]]]) -> 
             out = previous(tokens)
             if words.previous is None:  # ejected, while another extension's wrapper still calls this one
                 return out
-            shift = _shift(out[0], tokens, super_categories, lambda twins: previous(twins)[0])
-            if shift is None:
+            told: dict[str, Tensor | None] = {}
+            if any(super_categories.values()):
+                told[KEY_SHIFT] = _shift(out[0], tokens, super_categories, lambda twins: previous(twins)[0])
+            if tells_words:
+                told[KEY_WORDS] = _words(out[0], tokens)
+            companions = {key: Companion(value, out[0]) for key, value in told.items() if value is not None}
+            if not companions:
                 return out
             extra = dict(out[2]) if len(out) > 2 else {}
-            extra["model_conds"] = {**extra.get("model_conds", {}), KEY_SHIFT: KeyShift(shift, out[0])}
+            extra["model_conds"] = {**extra.get("model_conds", {}), **companions}
             return (out[0], out[1], extra)
 
         encode_token_weights.perfusion_owner = words  # type: ignore[attr-defined]
@@ -312,6 +321,18 @@ def _shift(
     gathered = other[:, places.clamp_min(0)]
     kept = (places >= 0).view(1, -1, 1).to(context.device)
     return torch.where(kept, gathered.to(context) - context, torch.zeros_like(context))
+
+
+def _words(context: Tensor, tokens: dict[str, list[list[Any]]]) -> Tensor | None:
+    """Whose word each token is, by its number, 0 for nobody's: (1, chunks * m, 1).
+
+    None where tokens and encodings do not correspond one to one.
+    """
+    (chunks, *_) = tokens.values()
+    owners = [getattr(entry[0], "perfusion_word", None) for chunk in chunks for entry in chunk]
+    if len(owners) != context.shape[1]:
+        return None
+    return torch.tensor([0 if owner is None else word_number(owner[0]) for owner in owners]).view(1, -1, 1)
 
 
 def _replacement(entry: tuple[Any, ...], replacements: Mapping[str, list[int]]) -> list[tuple[Any, ...]] | None:
