@@ -6,7 +6,8 @@ Personal things are learned on the miniature, one by one, and named together in 
 with adjectives and second things around them. "own": share of words that open their own concept's gate by half,
 "cross": share of (word, other concept) pairs in which the word opens the other's, "right": share of words whose own
 gate is the widest of all, "others": share of ordinary words that open any. "paper" reads each gate by itself,
-"competing" is what is applied. Concepts are kept in ``--folder``, and not learned again.
+"competing" lets concepts compete by what is in the encodings, and "told" is what ComfyUI's text encoder tells besides:
+whose word each token is. Concepts are kept in ``--folder``, and not learned again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept, load
 from perfusion.hosts.base import Word
 from perfusion.hosts.diffusers import DiffusersHost
-from perfusion.stack import ConceptStack, ConceptUse
+from perfusion.stack import ConceptStack, ConceptUse, word_number
 from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
 from perfusion.training.dataset import prepare
@@ -79,7 +80,7 @@ def measured(host: DiffusersHost, options: argparse.Namespace, folder: Path) -> 
     concepts = learned(host, sorted(needed), folder, options.steps)
     figures: dict[str, Any] = {}
     for name, sets in ARRANGEMENTS.items():
-        counts: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ("paper", "competing")}
+        counts: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ("paper", "competing", "told")}
         for kinds in sets:
             stack = ConceptStack(tuple(ConceptUse(concepts[thing]) for thing in _things(kinds)))
             texts = prompts(stack.placeholders, options.prompts, Random(f"{name} {kinds}"))
@@ -87,8 +88,11 @@ def measured(host: DiffusersHost, options: argparse.Namespace, folder: Path) -> 
                 context = host.text.encode_stack(texts, stack)[0]
             where = word_places(host, texts, stack)
             for way, found in counts.items():
-                gates = stack.edit(competing=way == "competing").directions.gates(context)[1]
-                for key, values in readings(gates, where).items():
+                edit = stack.edit(competing=way != "paper")
+                if way == "told":
+                    numbers = torch.tensor([0, *map(word_number, stack.placeholders)])
+                    edit.words = numbers[(where + 1).clamp_min(0)]
+                for key, values in readings(edit.gates(context), where).items():
                     found[key] += values
         figures[name] = {
             way: {key: round(sum(values) / len(values), 4) for key, values in found.items()}
