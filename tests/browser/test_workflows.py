@@ -151,9 +151,11 @@ def test_what_is_new_in_the_miniature_s_world_needs_nothing_but_run_either(serve
                 set_values(page, "PerfusionMiniatureLatent", batch_size=2)
             set_values(page, "KSampler", steps=2)
             run_graph(page)
-            wait_for_pictures(page, "SaveImage", 1)
             if name == "trade_off":
                 wait_for_pictures(page, "PerfusionTradeOff", 2)
+                wait_for_pictures(page, "PreviewImage", 1)
+            else:
+                wait_for_pictures(page, "SaveImage", 4)
             photograph(page, name)
             assert red_nodes(page) == []
 

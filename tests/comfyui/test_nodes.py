@@ -31,6 +31,11 @@ NODES = [
     "PerfusionMiniature",
     "PerfusionMiniatureLatent",
     "PerfusionMiniaturePhotos",
+    "PerfusionLoadConcept",
+    "PerfusionConceptSettings",
+    "PerfusionTradeOff",
+    "PerfusionPickTradeOff",
+    "PerfusionScore",
 ]
 STACK, LATENT, TRAINED = ("load", 0), ("sampler", 0), ("train", 0)
 

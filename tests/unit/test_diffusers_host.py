@@ -30,7 +30,7 @@ from perfusion.edit import Gate
 from perfusion.hosts.base import Host, Word
 from perfusion.hosts.diffusers import DiffusersHost, UnsupportedPipelineError, apply, draw, encode_prompts
 from perfusion.hosts.diffusers.structure import cross_attentions, family_of, spatial_transformers
-from perfusion.stack import ConceptStack, ConceptUse, StackError
+from perfusion.stack import ConceptStack, ConceptUse, StackError, word_number
 from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
 from perfusion.training.dataset import Photos, prepare
@@ -433,6 +433,15 @@ def test_project_values(pipe: Any, host: DiffusersHost) -> None:
         assert torch.allclose(host.project_values(vectors)[layer], vectors @ attention.to_v.weight.T, atol=1e-5)
 
 
+def owners_of(host: DiffusersHost, prompts: list[str], stack: ConceptStack) -> torch.Tensor:
+    """``owners`` for ``expected_projection``."""
+    words = host.text.words(prompts, stack)
+    owners = torch.full(words.shape, -1)
+    for j, placeholder in enumerate(stack.placeholders):
+        owners[words == word_number(placeholder)] = j
+    return owners
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("lock", ["local", "global"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -450,14 +459,16 @@ def test_attention_gets_the_edited_projections(pipe: Any, host: DiffusersHost, l
         keys = context + torch.cat([shift for _, shift in unedited if shift is not None])
         assert not torch.equal(keys[1:], context[1:]) and torch.equal(keys[0], context[0])
     tolerance = 2e-5 if dtype == torch.float32 else 0.1
+    owners, uses = owners_of(host, [*negative, *prompts], stack), list(stack.uses)
+    assert sorted(owners.unique().tolist()) == [-1, 0, 1]
     for layer, attention in cross_attentions(pipe.unet):
         w_k, w_v = attention.to_k.weight.double(), attention.to_v.weight.double()
         locked = [w_k @ concept.e_super.double() for concept in stack.concepts]
         expected_k = (
-            keys.double() @ w_k.T if lock == "global" else expected_projection(context, w_k, list(stack.uses), locked)
+            keys.double() @ w_k.T if lock == "global" else expected_projection(context, w_k, uses, locked, owners)
         )
         values = [concept.o_star_v[layer].double() for concept in stack.concepts]
-        expected = {"k": expected_k, "v": expected_projection(context, w_v, list(stack.uses), values)}
+        expected = {"k": expected_k, "v": expected_projection(context, w_v, uses, values, owners)}
         for path in ("k", "v"):
             assert len(seen[layer, path]) == 2
             for given, made in seen[layer, path]:
@@ -674,7 +685,8 @@ def test_low_rank_adapters_stay_effective(pipe: Any, host: DiffusersHost) -> Non
                 for concept in stack.concepts
             ]
             context, made = seen[layer, path][0]
-            expected = expected_projection(context, weight, list(stack.uses), targets)
+            owners = owners_of(host, ["", f"a {TEDDY}"], stack)
+            expected = expected_projection(context, weight, list(stack.uses), targets, owners)
             assert (made.double() - expected).abs().max() < 2e-5 * expected.abs().max()
         vectors = torch.randn(2, models.WIDTH)
         assert torch.allclose(host.project_values(vectors)[layer], attention.to_v(vectors), atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -60,8 +61,10 @@ class TradeOffDrawing:
         self._model, self._clip, self._vae = model, clip, vae
         self._stack, self._word, self._sampling, self._report = stack, word, sampling, report
         # The host knows latents and noise that are no tensors, of several parts; pictures have none of these.
-        ratios = [sampling.latent[name] for name in _RATIOS if name in sampling.latent]
-        latent: Any = comfy.sample.fix_empty_latent_channels(model, sampling.latent["samples"], *ratios)
+        fixed, given = comfy.sample.fix_empty_latent_channels, sampling.latent
+        known = inspect.signature(fixed).parameters
+        ratios: Any = {name: given[name] for name in _RATIOS if name in given and name in known}
+        latent: Any = fixed(model, given["samples"], **ratios)
         if "noise_mask" in sampling.latent:
             raise ValueError("the latent has a mask for inpainting, which is not drawn here: connect an empty latent")
         if latent.ndim != 4:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...stack import ConceptStack, shut_words
-from .patching import EditedProjections, replaced
+from .patching import EditedProjections, Told, replaced
 from .structure import UnsupportedPipelineError, family_of, require_fit
 from .text import ClipText, contains_word
 
@@ -50,8 +50,8 @@ def apply(pipeline: Any, stack: ConceptStack) -> Iterator[None]:
     with projections.installed():
         applied = _Applied(pipeline, stack)
         projections.edit = applied.edit
-        if applied.shifts_keys:
-            projections.shift_of = applied.shift_of
+        if applied.tells:
+            projections.told_of = applied.told_of
         with replaced(pipeline, "encode_prompt", applied.encode_prompt):
             yield
 
@@ -63,6 +63,7 @@ class _Applied:
         self.stack = stack
         self.edit = stack.edit()
         self.shifts_keys = "global" in self.edit.key_lock.locks
+        self.tells = self.shifts_keys or len(stack) > 1
         self._pipeline = pipeline
         self._text = ClipText(pipeline.text_encoder, pipeline.tokenizer)
         self._original: Callable[..., Any] = pipeline.encode_prompt
@@ -72,9 +73,9 @@ class _Applied:
                 f"a {type(pipeline).__name__} encodes prompts in a way of its own. Perfusion works with pipelines of "
                 "Stable Diffusion 1.x and 2.x."
             )
-        # (encodings (b, m, d), their shift or None where it is zero)
-        self._known: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=_REMEMBERED_ENCODINGS)
-        self._last: tuple[weakref.ref[Tensor], Tensor | None] | None = None
+        # (encodings (b, m, d), their shift or None where it is zero, their words or None where there are none)
+        self._known: deque[tuple[Tensor, Tensor | None, Tensor | None]] = deque(maxlen=_REMEMBERED_ENCODINGS)
+        self._last: tuple[weakref.ref[Tensor], Told] | None = None
         self._told_of_fallback = False
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,24 +84,26 @@ class _Applied:
         call.apply_defaults()
         given = call.arguments
         guided = given.get("do_classifier_free_guidance", True)
-        shifts: list[tuple[bool, Tensor | None]] = []
+        told: list[tuple[bool, Tensor | None, Tensor | None]] = []
         for prompt_name, embeds_name in _PROMPTS:
-            prompts, shift = _listed(given[prompt_name]), None
+            prompts, shift, words = _listed(given[prompt_name]), None, None
             ours = given[embeds_name] is None
             wanted = guided or prompt_name == "prompt"
             if ours and wanted and contains_word(prompts, self.stack):
                 # The pipeline skips layers for what is wanted alone, not for the negative prompt.
                 clip_skip = given.get("clip_skip") if prompt_name == "prompt" else None
                 given[embeds_name], shift = self._encode(prompts, given.get("lora_scale"), clip_skip)
+                copies = given.get("num_images_per_prompt", 1)
+                words = self._text.words(prompts, self.stack).repeat_interleave(copies, dim=0)
                 if shift is not None:
-                    shift = shift.repeat_interleave(given.get("num_images_per_prompt", 1), dim=0)
-            shifts.append((ours, shift))
+                    shift = shift.repeat_interleave(copies, dim=0)
+            told.append((ours, shift, words))
         encodings = self._original(*call.args, **call.kwargs)
         made = [encoding for encoding in encodings[:2] if isinstance(encoding, Tensor)]
-        if self.shifts_keys:
-            for encoding, (ours, shift) in zip(encodings[:2], shifts, strict=True):
+        if self.tells:
+            for encoding, (ours, shift, words) in zip(encodings[:2], told, strict=True):
                 if ours and isinstance(encoding, Tensor):
-                    self._known.appendleft((encoding, shift))
+                    self._known.appendleft((encoding, shift, words))
         self._warn_of_shut_gates(made)
         return encodings
 
@@ -110,27 +113,38 @@ class _Applied:
         with torch.no_grad(), self._text.lora_scaled(lora_scale):
             return self._text.encode_stack(prompts, self.stack, clip_skip)
 
-    def shift_of(self, context: Tensor) -> Tensor | None:
-        """The shift (b, m, d) of a context put together from known encodings; None, and so local locks, for others."""
+    def told_of(self, context: Tensor) -> Told:
+        """The shift (b, m, d) and the words (b, m) of a context put together from known encodings; None of both, and so
+        local locks and words as the encodings tell them, for others.
+        """
         if self._last is not None and self._last[0]() is context:
             return self._last[1]
-        shifts = [self._shift_of_one(encoding) for encoding in context]
-        shift = torch.stack([s for s in shifts if s is not None]) if all(s is not None for s in shifts) else None
-        if shift is None and not self._told_of_fallback:
+        found = [self._told_of_one(encoding) for encoding in context]
+        known = [one for one in found if one is not None]
+        told: Told = None, None
+        if len(known) == len(found):
+            shifts, words = (torch.stack(part) for part in zip(*known, strict=True))
+            told = (shifts if self.shifts_keys else None), words
+        elif self.shifts_keys and not self._told_of_fallback:
             self._told_of_fallback = True
             logger.info(
                 "Key lock 'global' needs prompts that the pipeline encodes in the block; for others 'local' is used."
             )
-        self._last = weakref.ref(context), shift
-        return shift
+        self._last = weakref.ref(context), told
+        return told
 
-    def _shift_of_one(self, encoding: Tensor) -> Tensor | None:
-        for known, shift in self._known:
+    def _told_of_one(self, encoding: Tensor) -> tuple[Tensor, Tensor] | None:
+        for known, shift, words in self._known:
             if known.shape[1:] != encoding.shape:
                 continue
             same = (known.to(encoding) == encoding).flatten(1).all(dim=1).nonzero()
             if len(same):
-                return torch.zeros_like(encoding) if shift is None else shift[int(same[0])].to(encoding)
+                row = int(same[0])
+                nobodys = torch.zeros(len(encoding), dtype=torch.long)
+                return (
+                    torch.zeros_like(encoding) if shift is None else shift[row].to(encoding),
+                    nobodys if words is None else words[row],
+                )
         return None
 
     def _warn_of_shut_gates(self, encodings: Sequence[Tensor]) -> None:

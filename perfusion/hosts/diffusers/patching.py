@@ -34,6 +34,9 @@ def replaced(thing: Any, name: str, replacement: Any) -> Iterator[None]:
                 setattr(thing, name, own)
 
 
+Told = tuple[Tensor | None, Tensor | None]  # the shift (b, m, d) and the words (b, m) of a context
+
+
 class _Forward:
     """Stands in for the forward of one projection."""
 
@@ -47,21 +50,21 @@ class _Forward:
         edit = self.owner.edit
         if edit is None:
             return self.previous(context, *args, **kwargs)
-        if self.owner.shift_of is not None:
-            edit.key_lock.shift = self.owner.shift_of(context)
+        if self.owner.told_of is not None:
+            edit.key_lock.shift, edit.words = self.owner.told_of(context)
         return edit.project(self.layer, self.path, context, self.previous)
 
 
 class EditedProjections:
     """The key and value projections of a UNet's cross-attention, and the edit that is in force on them.
 
-    ``edit`` counts while ``installed()``; with None the network is as ever. ``shift_of`` finds the shift that belongs
-    to a context, for globally locked keys; without it the shift is whatever the edit's key lock holds.
+    ``edit`` counts while ``installed()``; with None the network is as ever. ``told_of`` finds what belongs to a
+    context: its shift, for globally locked keys, and whose word each token is; without it the edit keeps what it holds.
     """
 
-    def __init__(self, unet: torch.nn.Module, shift_of: Callable[[Tensor], Tensor | None] | None = None):
+    def __init__(self, unet: torch.nn.Module, told_of: Callable[[Tensor], Told] | None = None):
         self.edit: KeyValueEdit | None = None
-        self.shift_of = shift_of
+        self.told_of = told_of
         self._unet = unet
         self._installed = False
 

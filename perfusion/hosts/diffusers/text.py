@@ -13,7 +13,7 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from ...locking import twin
-from ...stack import ConceptStack
+from ...stack import ConceptStack, word_number
 from ..base import Encodings, Word
 from .patching import replaced
 from .structure import encoder_name, family_of, require_fit
@@ -126,13 +126,8 @@ class ClipText:
         The shift (b, m, d) is the encoding with super-categories in place minus the encoding: zero for prompts without
         such words, None where no concept's keys are locked globally.
         """
-        words: dict[str, list[Token]] = {}
-        rows: list[Tensor] = []
-        for concept in stack.concepts:
-            first = sum(map(len, rows))
-            rows.append(concept.embeddings[self.name])
-            words[concept.placeholder] = self._row_tokens(concept.placeholder, len(rows[-1]), first)
-        tokens = [self.tokens(prompt, words) for prompt in prompts]
+        tokens = self._stack_tokens(prompts, stack)
+        rows = [concept.embeddings[self.name] for concept in stack.concepts]
         stacked = torch.cat(rows) if rows else None
         context = self.encode(tokens, stacked, clip_skip)
         locked = {
@@ -155,6 +150,22 @@ class ClipText:
         places = torch.tensor(index, device=other.device).unsqueeze(-1)
         gathered = other.gather(1, places.clamp_min(0).expand_as(other))
         return context, torch.where(places >= 0, gathered - context, torch.zeros_like(context))
+
+    def words(self, prompts: Sequence[str], stack: ConceptStack) -> Tensor:
+        """Whose word each token of prompts is, by its number, 0 for nobody's: (b, m); see ``KeyValueEdit``."""
+        numbers = {placeholder: word_number(placeholder) for placeholder in stack.placeholders}
+        tokens = self._stack_tokens(prompts, stack)
+        return torch.tensor([[numbers.get(token.word, 0) for token in prompt] for prompt in tokens])
+
+    def _stack_tokens(self, prompts: Sequence[str], stack: ConceptStack) -> list[list[Token]]:
+        """The tokens of prompts, with rows of embeddings where words of the concepts stand."""
+        words: dict[str, list[Token]] = {}
+        first = 0
+        for concept in stack.concepts:
+            count = len(concept.embeddings[self.name])
+            words[concept.placeholder] = self._row_tokens(concept.placeholder, count, first)
+            first += count
+        return [self.tokens(prompt, words) for prompt in prompts]
 
     def _row_tokens(self, placeholder: str, count: int, first: int) -> list[Token]:
         # The id beneath a row is looked up too: any that the table has.
