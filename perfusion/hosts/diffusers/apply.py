@@ -92,9 +92,9 @@ class _Applied:
             if ours and wanted and contains_word(prompts, self.stack):
                 # The pipeline skips layers for what is wanted alone, not for the negative prompt.
                 clip_skip = given.get("clip_skip") if prompt_name == "prompt" else None
-                given[embeds_name], shift = self._encode(prompts, given.get("lora_scale"), clip_skip)
+                given[embeds_name], shift, words = self._encode(prompts, given.get("lora_scale"), clip_skip)
                 copies = given.get("num_images_per_prompt", 1)
-                words = self._text.words(prompts, self.stack).repeat_interleave(copies, dim=0)
+                words = words.repeat_interleave(copies, dim=0)
                 if shift is not None:
                     shift = shift.repeat_interleave(copies, dim=0)
             told.append((ours, shift, words))
@@ -107,11 +107,15 @@ class _Applied:
         self._warn_of_shut_gates(made)
         return encodings
 
-    def _encode(self, prompts: list[str], lora_scale: float | None, clip_skip: int | None) -> tuple[Tensor, Any]:
+    def _encode(
+        self, prompts: list[str], lora_scale: float | None, clip_skip: int | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Encodings, their shift and their words, of the text as it stands behind the pipeline's own conversion."""
         if hasattr(self._pipeline, "maybe_convert_prompt"):  # textual inversions of several vectors
             prompts = self._pipeline.maybe_convert_prompt(prompts, self._pipeline.tokenizer)
         with torch.no_grad(), self._text.lora_scaled(lora_scale):
-            return self._text.encode_stack(prompts, self.stack, clip_skip)
+            encodings, shift = self._text.encode_stack(prompts, self.stack, clip_skip)
+        return encodings, shift, self._text.words(prompts, self.stack)
 
     def told_of(self, context: Tensor) -> Told:
         """The shift (b, m, d) and the words (b, m) of a context put together from known encodings; None of both, and so
