@@ -31,7 +31,6 @@ from miniature.host import load_host
 from miniature.metrics import rendered
 from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept, load
-from perfusion.hosts.base import Word
 from perfusion.hosts.diffusers import DiffusersHost
 from perfusion.stack import ConceptStack, ConceptUse, word_number
 from perfusion.statistics import measure
@@ -146,23 +145,16 @@ def prompts(words: Sequence[str], count: int, rng: Random) -> list[str]:
 
 def word_places(host: DiffusersHost, texts: Sequence[str], stack: ConceptStack) -> Tensor:
     """Whose word each token is: (b, m), -1 for nobody's, -2 for start, end and padding."""
-    words = [Word(concept.placeholder, concept.super_category, concept.embeddings) for concept in stack.concepts]
-    where = None
-    for j, word in enumerate(words):
-        # The other words stand for one token each, as in the prompt itself.
-        others = [other.placeholder for other in words if other is not word]
-        bare = list(texts)
-        for other in others:
-            bare = [text.replace(other, "cat") for text in bare]
-        encoded = host.encode(bare, word)
-        if where is None:
-            where = torch.full(encoded.word.shape, -1)
-            where[encoded.padding] = -2
-            where[:, 0] = -2
-            ends = (~encoded.padding).sum(1) - 1
-            where[torch.arange(len(where)), ends] = -2
-        where[encoded.word] = j
-    assert where is not None
+    words = host.text.words(texts, stack)
+    where = torch.full(words.shape, -1)
+    for j, placeholder in enumerate(stack.placeholders):
+        where[words == word_number(placeholder)] = j
+    # Any word of one token leaves the ends where they are.
+    for placeholder in stack.placeholders:
+        texts = [text.replace(placeholder, "cat") for text in texts]
+    padding = host.encode(texts).padding
+    where[padding] = where[:, 0] = -2
+    where[torch.arange(len(where)), (~padding).sum(1) - 1] = -2
     return where
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -51,6 +51,13 @@ def naming(node: str, input_name: str | None = None) -> Iterator[None]:
         raise ValueError(f"{place(error)}: {error}") from error
     except OSError as error:
         raise OSError(f"{place(error)}: {error.strerror or error}") from error
+
+
+def require_checkpoint(node: str, inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the input, where a loader handed on no model, clip or vae."""
+    for name in ("model", "clip", "vae"):
+        if inputs.get(name) is None:
+            raise ValueError(f"{node}, input '{name}': nothing arrived. Connect the checkpoint's own.")
 
 
 def flat(batches: Sequence[Tensor | None] | None) -> list[Tensor]:

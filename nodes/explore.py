@@ -17,7 +17,7 @@ from ..perfusion.hosts.comfyui.tradeoff_sheet import contact_sheet, plot
 from ..perfusion.locking import LOCKS, Lock
 from ..perfusion.stack import ConceptStack
 from ..perfusion.tradeoff import RULES, Rule, Setting, TradeOff, Trial, best, grid, numbers, table
-from .common import Concepts, TradeOffs, flat, naming, schema
+from .common import Concepts, TradeOffs, flat, naming, require_checkpoint, schema
 
 NODE, PICK = "Trade-Off", "Pick Trade-Off"
 BOTH = "both"
@@ -132,9 +132,7 @@ class PerfusionTradeOff(io.ComfyNode):
         """Draw and score the cells; every input is a list, as photos may be."""
         photos = flat(inputs.pop("photos", None))
         one = {name: values[0] for name, values in inputs.items() if values}
-        for name in ("model", "clip", "vae"):
-            if one.get(name) is None:
-                raise ValueError(f"{NODE}, input '{name}': nothing arrived. Connect the checkpoint's own.")
+        require_checkpoint(NODE, one)
         stack: ConceptStack = one["concepts"].active
         with naming(NODE, "concepts"):
             if not len(stack):
@@ -155,6 +153,7 @@ class PerfusionTradeOff(io.ComfyNode):
             one["scheduler"],
         )
         found = TradeOff(stack, word, one["prompt"], ())
+        drawn = contact_sheet(found, cells)
         total = one["steps"] * len(cells) * len(one["latent"]["samples"])
         bar, done = comfy.utils.ProgressBar(total, node_id=cls.hidden.unique_id), 0
 
@@ -169,8 +168,9 @@ class PerfusionTradeOff(io.ComfyNode):
             for trial in drawing(cells):
                 scored = trial if comparison is None else comparison.scored(trial)
                 found = TradeOff(stack, word, one["prompt"], (*found.trials, scored))
-                bar.update_absolute(min(done, total), total, ("JPEG", contact_sheet(found, cells), _PREVIEW))
-        sheet, plotted, text = as_tensor(contact_sheet(found, cells)), as_tensor(plot(found)), table(found)
+                drawn = contact_sheet(found, cells)
+                bar.update_absolute(min(done, total), total, ("JPEG", drawn, _PREVIEW))
+        sheet, plotted, text = as_tensor(drawn), as_tensor(plot(found)), table(found)
         shown = [image for part in (sheet, plotted) for image in ui.PreviewImage(part, cls=cls).as_dict()["images"]]
         images = torch.cat([trial.pictures for trial in found.trials])
         return io.NodeOutput(sheet, plotted, images, found, text, ui={"images": shown, "text": (text,)})

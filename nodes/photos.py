@@ -19,7 +19,7 @@ from ..perfusion.training.config import TrainingConfig
 from ..perfusion.training.folder import read_folder
 from ..perfusion.training.masks import PLACEHOLDER, Masks, attention_masks, dimmed
 from ..perfusion.training.trainer import Subject, require_words
-from .common import naming, schema, small
+from .common import flat, naming, schema, small
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class PerfusionMasks(io.ComfyNode):
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         """Make them, and show the first ones. Every input is a list, as photos may be."""
-        images = [photo for batch in inputs.pop("images") for photo in batch]
+        images = flat(inputs.pop("images"))
         given = [mask for batch in inputs.pop("masks", None) or [] if batch is not None for mask in _single(batch)]
         one = {name: values[0] for name, values in inputs.items() if values}
         found = _made(images, given, one, cls.hidden.unique_id)

@@ -34,7 +34,7 @@ from ..perfusion.training.scoring import (
     validation_prompts,
 )
 from ..perfusion.training.trainer import Subject, Trainer, TrainingError, require_words
-from .common import ADVANCED, Concepts, Training, naming, schema, small
+from .common import ADVANCED, Concepts, Training, flat, naming, require_checkpoint, schema, small
 
 logger = logging.getLogger(__name__)
 
@@ -257,13 +257,11 @@ class PerfusionTrainConcept(io.ComfyNode):
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         """Train; every input is a list, as photos may be."""
-        images = [photo for batch in inputs.pop("images") for photo in batch]
+        images = flat(inputs.pop("images"))
         masks = _flat_masks(inputs.pop("masks", None))
         of_photo = _photo_captions(inputs.pop("photo_captions", None), len(images))
         one = {name: values[0] for name, values in inputs.items() if values}
-        for name in ("model", "clip", "vae"):
-            if one.get(name) is None:
-                raise ValueError(f"{NODE}, input '{name}': nothing arrived. Connect the checkpoint's own.")
+        require_checkpoint(NODE, one)
         with naming(NODE, "placeholder"):
             placeholder = check_placeholder(one["placeholder"])
         captions = [line.strip() for line in (one.get("captions") or "").splitlines() if line.strip()]

@@ -225,20 +225,22 @@ class Directions:
         """How far each token is a concept's word, whatever its gate is set to: (b, m, d) -> (b, m, j), 0 to 1."""
         with _full_precision(context.device):
             parts = (context.float() @ self.detector).split(len(self), dim=-1)
-            opened = gate(parts[0], Gate.bias, Gate.temperature)
-            return opened * torch.softmax(parts[2] / _COMPETITION, dim=-1) if self.competing else opened
+            return self._shared(gate(parts[0], Gate.bias, Gate.temperature), parts, None)
 
     def _read(self, context: Tensor, owners: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """r, a of the concepts that subtract it, and g: (b, m, d) -> three of (b, m, j)."""
         parts = (context.float() @ self.detector).split(len(self), dim=-1)
         r, subtracted = parts[0], parts[1]
-        opened = self._opened(r)
-        if self.competing:
-            share = torch.softmax(parts[2] / _COMPETITION, dim=-1)
-            if owners is not None:
-                share = torch.where(owners.any(dim=-1, keepdim=True), owners.to(share), share)
-            opened = opened * share
-        return r, subtracted, opened
+        return r, subtracted, self._shared(self._opened(r), parts, owners)
+
+    def _shared(self, opened: Tensor, parts: Sequence[Tensor], owners: Tensor | None) -> Tensor:
+        """Gates (b, m, j) by each concept's share of a token, by its part of the dual basis or whose word it is."""
+        if not self.competing:
+            return opened
+        share = torch.softmax(parts[2] / _COMPETITION, dim=-1)
+        if owners is not None:
+            share = torch.where(owners.any(dim=-1, keepdim=True), owners.to(share), share)
+        return opened * share
 
     def _opened(self, r: Tensor) -> Tensor:
         """Each concept's gate by its own form, without competition: (..., j) -> (..., j)."""

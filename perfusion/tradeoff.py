@@ -76,6 +76,11 @@ class Trial:
     text: float | None = None
 
     @property
+    def point(self) -> tuple[float, float]:
+        """(image, text) of a trial that was scored."""
+        return self.image or 0.0, self.text or 0.0
+
+    @property
     def harmonic(self) -> float | None:
         """Harmonic mean of both."""
         return None if self.image is None or self.text is None else harmonic_mean(self.image, self.text)
@@ -141,6 +146,11 @@ def grid(
     return [Setting(b, t, s, lock, g) for g, lock, s, t, b in itertools.product(*axes)]
 
 
+def varied(settings: Sequence[Setting]) -> list[str]:
+    """The names of what is not the same in all settings, the bias first."""
+    return [f.name for f in fields(Setting) if len({getattr(setting, f.name) for setting in settings}) > 1]
+
+
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Which (image, text) points no other beats in both, by rising first coordinate."""
     front = [
@@ -172,7 +182,7 @@ def best(trials: Sequence[Trial], rule: Rule, least_text: float = 0.0) -> Trial:
             "this trade-off has no scores to pick by: connect clip_vision and photos to Trade-Off, and score_clip "
             "where its CLIP has no text projection"
         )
-    points = [(trial.image or 0.0, trial.text or 0.0) for trial in scored]
+    points = [trial.point for trial in scored]
     if rule == "harmonic mean":
         return max(scored, key=lambda trial: trial.harmonic or 0.0)
     if rule == "knee":
@@ -192,11 +202,9 @@ def best(trials: Sequence[Trial], rule: Rule, least_text: float = 0.0) -> Trial:
 def table(trade_off: TradeOff) -> str:
     """The cells and their scores as text, and which of them are on the front."""
     trials = trade_off.trials
-    axes = [f.name for f in fields(Setting)]
-    names = [axis for axis in axes if len({getattr(trial.setting, axis) for trial in trials}) > 1] or ["bias"]
+    names = varied([trial.setting for trial in trials]) or ["bias"]
     scored = [k for k, trial in enumerate(trials) if trial.harmonic is not None]
-    points = [(trials[k].image or 0.0, trials[k].text or 0.0) for k in scored]
-    front = {scored[k] for k in pareto_front(points)} if scored else set()
+    front = {scored[k] for k in pareto_front([trials[k].point for k in scored])}
     rows = [[*names, *(["image", "text", "harmonic", "front"] if scored else [])]]
     for k, trial in enumerate(trials):
         row = [trial.setting.told.get(name, "own") for name in names]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...tradeoff import Setting, TradeOff, Trial, best, knee, pareto_front
+from ...tradeoff import Setting, TradeOff, Trial, best, knee, pareto_front, varied
 from .lettering import INK, MUTED, PAPER, cut, font, printable, wrapped
 
 _MARGIN, _GAP, _LABEL, _HEADER, _CAPTION = 28, 12, 132, 26, 40
 _SIDE, _WIDEST = 208, 4096  # pixels of a cell, and of the whole sheet
-_BEST, _FRONT, _LINE, _GRID = "#c2410c", "#2563eb", "#d4d8e0", "#eceff4"
+_BEST, _FRONT, _GRID = "#c2410c", "#2563eb", "#eceff4"
 _COLORS = ("#2563eb", "#0f766e", "#9333ea", "#b45309", "#be123c", "#4d7c0f")
-_NAMES = {"lock": "key lock", "guidance": "guidance"}
-_AXES = ("bias", "temperature", "strength", "lock", "guidance")
+_NAMES = {"lock": "key lock"}
 
 
 def contact_sheet(trade_off: TradeOff, cells: Sequence[Setting]) -> Image.Image:
@@ -25,11 +25,10 @@ def contact_sheet(trade_off: TradeOff, cells: Sequence[Setting]) -> Image.Image:
     The one with the best harmonic mean is framed.
     """
     trials = {trial.setting: trial for trial in trade_off.trials}
-    varied = [axis for axis in _AXES if len({getattr(cell, axis) for cell in cells}) > 1]
-    across = varied[0] if varied else "bias"
+    across, *down = varied(cells) or ["bias"]
     columns = list(dict.fromkeys(getattr(cell, across) for cell in cells))
-    rows = list(dict.fromkeys(_without(cell, across) for cell in cells))
-    label = _LABEL if varied[1:] else 0
+    rows = list(dict.fromkeys(replace(cell, **{across: None}) for cell in cells))
+    label = _LABEL if down else 0
     side = max(64, min(_SIDE, (_WIDEST - 2 * _MARGIN - label) // len(columns) - _GAP))
     title = wrapped(printable(trade_off.prompt), 15, max(240, len(columns) * (side + _GAP) + label), lines=3)
     top = _MARGIN + 22 * len(title) + 10
@@ -53,12 +52,12 @@ def contact_sheet(trade_off: TradeOff, cells: Sequence[Setting]) -> Image.Image:
         pen.text((left, top), cut(_told(across, value), 13, side), fill=INK, font=font(13))
     for row, rest in enumerate(rows):
         y = top + _HEADER + row * (height + caption)
-        for number, axis in enumerate(varied[1:]):
+        for number, axis in enumerate(down):
             told = _told(axis, getattr(rest, axis))
             pen.text((_MARGIN, y + 18 * number), cut(told, 12, _LABEL - 8), fill=MUTED, font=font(12))
         for column, value in enumerate(columns):
             x = _MARGIN + label + column * (side + _GAP)
-            trial = trials.get(_with(rest, across, value))
+            trial = trials.get(replace(rest, **{across: value}))
             if trial is None:
                 pen.rectangle([x, y, x + side - 1, y + height - 1], fill=_GRID)
                 continue
@@ -83,7 +82,7 @@ def plot(trade_off: TradeOff) -> Image.Image:
         for number, line in enumerate(wrapped(text, 15 * scale, 560 * scale)):
             pen.text((60 * scale, (240 + 24 * number) * scale), line, fill=MUTED, font=font(15 * scale))
         return whole.resize((width, height), Image.Resampling.LANCZOS)
-    points = [(trial.image or 0.0, trial.text or 0.0) for trial in trials]
+    points = [trial.point for trial in trials]
     area = (84, 64, width - 36, height - 64)
     (x0, x1), (y0, y1) = (_span([point[axis] for point in points]) for axis in (0, 1))
 
@@ -110,7 +109,7 @@ def plot(trade_off: TradeOff) -> Image.Image:
     pen.text((16 * scale, 30 * scale), "text similarity: obedience to the prompt", fill=INK, font=font(13 * scale))
     front = pareto_front(points)
     pen.line([place(points[k]) for k in front], fill=_FRONT, width=2 * scale)
-    colored = next((a for a in _AXES[1:] if len({getattr(t.setting, a) for t in trials}) > 1), None)
+    colored = next((axis for axis in varied([trial.setting for trial in trials]) if axis != "bias"), None)
     values = list(dict.fromkeys(getattr(t.setting, colored) for t in trials)) if colored else [None]
     picks = [("harmonic mean", _best(trials)), ("knee", trials[knee(points)])]
     for k, trial in enumerate(trials):
@@ -151,14 +150,6 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 def _told(axis: str, value: object) -> str:
     shown = "own" if value is None else value if isinstance(value, str) else f"{value:g}"
     return f"{_NAMES.get(axis, axis)} {shown}"
-
-
-def _without(setting: Setting, axis: str) -> Setting:
-    return _with(setting, axis, None)
-
-
-def _with(setting: Setting, axis: str, value: object) -> Setting:
-    return Setting(**{**vars(setting), axis: value})
 
 
 def _mosaic(pictures: Tensor, size: tuple[int, int]) -> Image.Image:
