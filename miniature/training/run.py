@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from perfusion.files import write_atomically
 
+from .optimizer import MuonAndAdam
+
 logger = logging.getLogger(__name__)
 
 
 class Run:
-    """Trains named networks with AdamW and keeps a moving average of their weights.
+    """Trains named networks with Muon (AdamW for what is no matrix) and keeps a moving average of their weights.
 
     Every random choice of a step comes from ``generator(step)``, so a run that was interrupted goes on as if it had
     not been. The learning rate rises for ``warmup`` steps, stays, and falls to zero over the last ``decay`` share.
@@ -48,14 +50,7 @@ class Run:
         self.losses: list[float] = []
         self._named = {f"{name}.{k}": p for name, net in self.networks.items() for k, p in net.named_parameters()}
         self.average = {name: p.detach().clone() for name, p in self._named.items()}
-        decayed = [p for p in self._named.values() if p.ndim > 1]
-        others = [p for p in self._named.values() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=rate,
-            betas=(0.9, 0.99),
-            weight_decay=weight_decay,
-        )
+        self.optimizer = MuonAndAdam(self._named, rate, weight_decay)
         if self.path.exists():
             self._load()
 
@@ -73,9 +68,9 @@ class Run:
         try:
             while self.step < self.steps:
                 rate = self.rate * self._schedule(self.step)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.set_rate(rate)
+                for parameter in self._named.values():
+                    parameter.grad = None
                 loss = loss_of(self.generator(self.step))
                 loss.backward()
                 self._share_gradients()
@@ -106,7 +101,7 @@ class Run:
         tensors = {f"weight.{k}": p.detach().contiguous() for k, p in self._named.items()}
         tensors |= {f"average.{k}": p.contiguous() for k, p in self.average.items()}
         for key, parameter in self._named.items():
-            for name, value in self.optimizer.state.get(parameter, {}).items():
+            for name, value in self.optimizer.state(parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone().contiguous()
         summary = {"step": str(self.step), "losses": json.dumps([round(loss, 6) for loss in self.losses])}
         write_atomically(self.path, tensors, summary, overwrite=True)
@@ -118,12 +113,12 @@ class Run:
                 parameter.data.copy_(file.get_tensor(f"weight.{key}"))
                 self.average[key].copy_(file.get_tensor(f"average.{key}"))
             names = list(file.keys())
-            kinds = {name.split(".")[1] for name in names if name.startswith("optimizer.")}
             for key, parameter in self._named.items():
+                kinds = [name.split(".")[1] for name in names if name.split(".", 2)[::2] == ["optimizer", key]]
                 state = {kind: file.get_tensor(f"optimizer.{kind}.{key}").to(parameter.device) for kind in kinds}
                 if "step" in state:
                     state["step"] = state["step"].cpu()
-                self.optimizer.state[parameter] = state
+                self.optimizer.set_state(parameter, state)
         self.step, self.losses = int(summary["step"]), json.loads(summary["losses"])
         logger.warning("going on at step %d of %s", self.step, self.path)
 

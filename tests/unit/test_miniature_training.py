@@ -29,7 +29,7 @@ class _Fit:
 
 
 def _state(fit: _Fit) -> list[Tensor]:
-    states = [fit.run.optimizer.state[parameter] for parameter in fit.network.parameters()]
+    states = [fit.run.optimizer.state(parameter) for parameter in fit.network.parameters()]
     moments = [state[name] for state in states for name in sorted(state)]
     return [*fit.network.state_dict().values(), *fit.run.average.values(), *moments]
 
