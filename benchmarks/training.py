@@ -36,6 +36,7 @@ TABLE = {
     "photos encoded each step": "latents are not kept",
     "prompts encoded each sample": "one encoding for each sample, as a loop over samples has it",
     "micro batches of 1": "the batch one after the other",
+    "kept for frozen weights": "layers keep what gradients of weights would need",
     "gradients of frozen weights": "weights are not told that nobody trains them",
     "fused attention": "the kernel for all maps of attention",
     "plain attention": "products and a softmax for all maps of attention",
@@ -276,6 +277,12 @@ def _prompts_each_sample(pack: Any, host: Any, trainer: Any, photos: torch.Tenso
 
 
 @contextmanager
+def _kept_for_frozen_weights(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
+    with _attribute(pack.module("perfusion.hosts.frozen"), "frozen", lambda module, x: type(module).forward(module, x)):
+        yield
+
+
+@contextmanager
 def _gradients_of_frozen_weights(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
     networks = (host.model.model.diffusion_model, host.clip.cond_stage_model)
     for network in networks:
@@ -317,6 +324,7 @@ def _compiled(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Itera
 _CHANGES: dict[str, Any] = {
     "photos encoded each step": _photos_each_step,
     "prompts encoded each sample": _prompts_each_sample,
+    "kept for frozen weights": _kept_for_frozen_weights,
     "gradients of frozen weights": _gradients_of_frozen_weights,
     "fused attention": _attention("attention_pytorch"),
     "plain attention": _attention("attention_basic"),

@@ -22,6 +22,8 @@ from ...family import Family
 from ...stack import ConceptStack
 from ...training.attention import WordAttention, collect
 from ..base import Encodings, Word
+from ..frozen import frozen_layers
+from ..replacing import replaced_forwards
 from . import text as text_side
 from .apply import Applied, attach, detach
 from .attention import watching
@@ -242,6 +244,9 @@ class ComfyHost:
             stack.callback(vars(self._clip).pop, "load_model")
             self._make_ordinary()
             stack.enter_context(_differentiable_encoders(self._clip.cond_stage_model))
+            stack.enter_context(
+                frozen_layers(self._model.model.diffusion_model, self._clip.cond_stage_model, patched=_patched)
+            )
             if gradient_checkpointing:
                 stack.enter_context(checkpointed(self._model.model.diffusion_model))
             stack.enter_context(_host_in_training())
@@ -358,22 +363,6 @@ def _make_ordinary(network: torch.nn.Module) -> None:
                 module._buffers[name] = buffer.clone()
 
 
-@contextmanager
-def _replaced_forwards(replacements: dict[torch.nn.Module, Any]) -> Iterator[None]:
-    """Other forwards for some modules, for the time of the block."""
-    own = {module: vars(module).get("forward") for module in replacements}
-    try:
-        for module, forward in replacements.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in own.items():
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward
-
-
 def _differentiable_encoders(cond_stage_model: torch.nn.Module) -> Any:
     """The host's CLIP layers add in place, which destroys what their norms keep for the backward pass."""
 
@@ -382,7 +371,12 @@ def _differentiable_encoders(cond_stage_model: torch.nn.Module) -> Any:
         return attended + layer.mlp(layer.layer_norm2(attended))
 
     layers = [m for m in cond_stage_model.modules() if isinstance(m, comfy.clip_model.CLIPLayer)]
-    return _replaced_forwards({layer: partial(out_of_place, layer) for layer in layers})
+    return replaced_forwards({layer: partial(out_of_place, layer) for layer in layers})
+
+
+def _patched(module: Any) -> bool:
+    """Whether weights of a layer are made anew at each call, by functions that the host keeps for it."""
+    return bool(getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()))
 
 
 def blocks_of(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -393,7 +387,7 @@ def blocks_of(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
 def checkpointed(diffusion_model: torch.nn.Module) -> Any:
     """Activations inside residual blocks and spatial transformers are computed again in the backward pass."""
     blocks = blocks_of(diffusion_model)
-    return _replaced_forwards({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks})
+    return replaced_forwards({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks})
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...stack import ConceptStack, shut_words
-from .patching import EditedProjections, Told, replaced
+from ..replacing import replaced
+from .patching import EditedProjections, Told
 from .structure import UnsupportedPipelineError, family_of, require_fit
 from .text import ClipText, contains_word
 

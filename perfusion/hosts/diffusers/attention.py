@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...training.attention import WordAttention, collect
 from ..base import Encodings, Word
-from .patching import replaced
+from ..replacing import replaced
 from .structure import spatial_transformers
 
 if TYPE_CHECKING:

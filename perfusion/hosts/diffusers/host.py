@@ -15,6 +15,7 @@ from torch import Tensor
 from ...edit import KeyValueEdit
 from ...family import Family
 from ..base import Encodings, Word
+from ..frozen import frozen_layers
 from .attention import attention_maps
 from .patching import EditedProjections
 from .structure import UnsupportedPipelineError, cross_attentions, family_of
@@ -181,6 +182,7 @@ class DiffusersHost:
                 stack.enter_context(_widened(network))
             if self.device.type == "cpu":
                 stack.enter_context(_plain_attention(self.unet))
+            stack.enter_context(frozen_layers(self.unet, self.text_encoder))
             if gradient_checkpointing:
                 stack.enter_context(_checkpointed(self.unet))
             stack.enter_context(self._projections.installed())

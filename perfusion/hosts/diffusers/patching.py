@@ -1,4 +1,4 @@
-"""Other methods for single objects, for a time: how edits are put over a network's projections and taken off again.
+"""How edits are put over a network's projections and taken off again.
 
 The forward of whatever module stands at ``attn2.to_k`` or ``attn2.to_v`` is replaced on the instance, never the module:
 a low-rank adapter that has taken its place keeps working, and so do offloading hooks, attention processors and
@@ -15,24 +15,8 @@ import torch
 from torch import Tensor
 
 from ...edit import KeyValueEdit
+from ..replacing import replaced
 from .structure import cross_attentions
-
-
-@contextmanager
-def replaced(thing: Any, name: str, replacement: Any) -> Iterator[None]:
-    """Another method ``name`` on this one object for the time of the block."""
-    own = vars(thing).get(name)
-    setattr(thing, name, replacement)
-    try:
-        yield
-    finally:
-        # Under somebody else's replacement that was laid over it since, ours stays where it is.
-        if vars(thing).get(name) is replacement:
-            if own is None:
-                delattr(thing, name)
-            else:
-                setattr(thing, name, own)
-
 
 Told = tuple[Tensor | None, Tensor | None]  # the shift (b, m, d) and the words (b, m) of a context
 

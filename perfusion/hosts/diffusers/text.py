@@ -15,7 +15,7 @@ from torch import Tensor
 from ...locking import twin
 from ...stack import ConceptStack, word_number
 from ..base import Encodings, Word
-from .patching import replaced
+from ..replacing import replaced
 from .structure import encoder_name, family_of, require_fit
 
 

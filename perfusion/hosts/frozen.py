@@ -1,0 +1,90 @@
+"""Layers whose weights nobody trains: what comes in gets its gradient, and nothing is kept for it but the weights.
+
+torch keeps the input of every convolution, of which only gradients of weights would need it; and of weights that are
+stored in other precision than is computed in, it keeps the converted copies of all layers until the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+from torch.nn.grad import conv2d_input
+
+from .replacing import replaced_forwards
+
+_STORED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def frozen_layers(
+    *networks: nn.Module, patched: Callable[[nn.Module], bool] = lambda _: False
+) -> AbstractContextManager[None]:
+    """For the time of the block, linear layers and convolutions keep nothing for gradients of their weights.
+
+    Layers whose forward somebody has replaced stay as they are, and so do, call by call, those that are ``patched``:
+    their weights are not what they compute with.
+    """
+
+    def forward(module: Any, own: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        asked = torch.is_grad_enabled() and x.requires_grad and not module.weight.requires_grad
+        if args or kwargs or not asked or module.weight.device != x.device or patched(module):
+            return own(x, *args, **kwargs)
+        return frozen(module, x)
+
+    layers = [module for network in networks for module in network.modules() if _is_known(module)]
+    return replaced_forwards({layer: partial(forward, layer, layer.forward) for layer in layers})
+
+
+def frozen(module: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """What a layer makes of x, computed in the precision of x; gradients reach x alone."""
+    if isinstance(module, nn.Linear):
+        return _Linear.apply(x, module.weight, module.bias)
+    settings = module.stride, module.padding, module.dilation, module.groups
+    return _Convolution.apply(x, module.weight, module.bias, settings)
+
+
+def _is_known(module: nn.Module) -> bool:
+    if "forward" in vars(module) or not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return False
+    plain = isinstance(module, nn.Linear) or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
+    return plain and type(module.weight) is nn.Parameter and module.weight.dtype in _STORED
+
+
+def _in_precision_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, *_in_precision_of(x, weight, bias))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight.to(gradients[0].dtype), None, None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
+        return conv2d(x, *_in_precision_of(x, weight, bias), *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.shape, ctx.settings = inputs[0].shape, inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return conv2d_input(ctx.shape, weight.to(gradients[0].dtype), gradients[0], *ctx.settings), None, None, None
