@@ -1,10 +1,11 @@
 """A learned concept, and its .safetensors file.
 
 The file holds, in half precision, per text encoder the word's embeddings; the target input i*, its dual vector d* and
-the super-category's encoding e_super, each (d,); and the target values o*_V of all layers one after the other, in half
+the super-category's encoding e_super, each (d,); and the target values of all layers one after the other, in half
 precision or, for families with many of them, in 8 bits (``quantization``). Keys are never stored: they are locked to
-the super-category and follow the model in use. Metadata (all text) says for which family, word and super-category, and
-how it was trained; the ModelSpec 1.0.1 keys tell other programs.
+the super-category and follow the model in use. Values follow it too: what is stored is their difference to W_V e_super
+of the model they were learned on, or, in files of the first two format versions, o*_V itself. Metadata (all text) says
+for which family, word and super-category, and how it was trained; the ModelSpec 1.0.1 keys tell other programs.
 """
 
 from __future__ import annotations
@@ -37,8 +38,14 @@ from .statistics import ESTIMATORS, Estimator
 
 Storage = Literal["half", "8bit"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
-# How o*_V is stored -> the format version that says so. Programs that know version 1 alone refuse the others by it.
-FORMATS: dict[Storage, str] = {"half": "1", "8bit": "2"}
+# How target values are stored, and whether they are differences -> the format version that says so. Programs that know
+# the first alone refuse the others by it.
+FORMATS: dict[tuple[Storage, bool], str] = {
+    ("half", False): "1",
+    ("8bit", False): "2",
+    ("half", True): "3",
+    ("8bit", True): "4",
+}
 MAX_HEADER = 1 << 20
 MAX_FILE = 16 << 20
 MAX_VECTORS = 32
@@ -81,8 +88,9 @@ class Concept:
     """What was learned. Tensors are float32 in memory with values that the file holds exactly, so that a concept fresh
     from training and the same one read back from its file are equal.
 
-    ``embeddings``: encoder -> (n, width); ``i_star``, ``d_star``, ``e_super``: (d,); ``o_star_v``: layer -> (i,).
-    ``storage`` is how the file keeps ``o_star_v``; all else is kept in half precision.
+    ``embeddings``: encoder -> (n, width); ``i_star``, ``d_star``, ``e_super``: (d,); ``o_star_v``: layer -> (i,),
+    what is added to W_V e_super where the concept is ``anchored``, else the values themselves. ``storage`` is how the
+    file keeps ``o_star_v``; all else is kept in half precision.
     Raises ConceptFileError when shapes do not fit the family or a number is not finite.
     """
 
@@ -100,6 +108,7 @@ class Concept:
     created: str = ""
     thumbnail: str = ""
     storage: Storage = "half"
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
@@ -199,7 +208,7 @@ class Concept:
             **({"thumbnail": self.thumbnail} if self.thumbnail else {}),
         }
         own = {
-            "format": FORMATS[self.storage],
+            "format": FORMATS[self.storage, self.anchored],
             "family": self.family.to_json(),
             "placeholder": self.placeholder,
             "super_category": self.super_category,
@@ -346,12 +355,13 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
             "it is a .safetensors file, but no Perfusion concept. LoRA and embedding files have loaders of their own."
         )
     version = metadata["perfusion.format"]
-    storage: Storage | None = next((name for name, known in FORMATS.items() if known == version), None)
-    if storage is None:
+    known = {number: kind for kind, number in FORMATS.items()}
+    if not isinstance(version, str) or version not in known:
         raise ConceptFileError(
-            f"it has format version {str(version)[:20]}, this version reads {' and '.join(FORMATS.values())}. "
+            f"it has format version {str(version)[:20]}, this version reads 1 to {max(known)}. "
             "Update ComfyUI-Perfusion."
         )
+    storage, anchored = known[version]
     try:
         family = Family.from_json(metadata["perfusion.family"])
         placeholder, super_category = metadata["perfusion.placeholder"], _text(metadata["perfusion.super_category"])
@@ -390,6 +400,7 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
         created=_text(metadata.get("modelspec.date", "")),
         thumbnail=metadata["modelspec.thumbnail"] if _is_thumbnail(metadata.get("modelspec.thumbnail")) else "",
         storage=storage,
+        anchored=anchored,
     )
     if concept.digest != metadata.get("perfusion.digest"):
         raise ConceptFileError("its content is not what its digest says: it was damaged. Copy or download it again.")

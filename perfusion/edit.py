@@ -251,6 +251,18 @@ class Directions:
         return torch.where(self.preserving, preserving_gate(r, bias, temperature), opened)
 
 
+def _through(linear: Callable[[Tensor], Tensor], tokens: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``linear`` makes of tokens (b, m, d) and, in the same call, of vectors (n, d) behind them: (b, n, i)."""
+    length = tokens.shape[1]
+    projected = linear(torch.cat([tokens, behind.to(tokens).expand(len(tokens), *behind.shape)], dim=1))
+    return projected[:, :length], projected[:, length:]
+
+
+def _added(projected: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
+    """Projected tokens (b, m, i) plus coefficients (b, m, 2j) times the basis [W i*; o*] (b, 2j, i)."""
+    return torch.baddbmm(projected, coefficients.to(projected), basis)
+
+
 def _for_batch(values: Tensor, batch: int, *, alone: bool = True) -> Tensor:
     """Settings (j,), which serve any batch, or (rows, 1, j), repeated for each set of rows in the batch.
 
@@ -294,7 +306,8 @@ class KeyValueEdit:
     """The edits of J concepts on the key and value projections of one model.
 
     ``e_super`` (j, d) are the encodings that locked keys stand for; ``o_star_v`` maps a layer to its target values
-    (j, i). ``project`` is what a host calls in place of a layer's ``to_k`` or ``to_v``.
+    (j, i). Of concepts that are ``anchored`` (j,), these are what is added to ``W_V e_super``: as locked keys do, their
+    values follow the weights in use. ``project`` is what a host calls in place of a layer's ``to_k`` or ``to_v``.
 
     A host that knows whose word each token of a context is sets ``words`` (b, m) around the call: the number, of
     ``numbers``, of the concept whose word it is, 0 for others.
@@ -307,7 +320,9 @@ class KeyValueEdit:
         o_star_v: dict[str, Tensor],
         locks: Iterable[Lock] | None = None,
         numbers: Sequence[int] | None = None,
+        anchored: Sequence[bool] | None = None,
     ):
+        self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
         self.words: Tensor | None = None
         self.numbers = None if numbers is None else torch.tensor(numbers)
         self.directions = directions
@@ -327,36 +342,22 @@ class KeyValueEdit:
         call: exact under whatever the host does to its weights (low-rank patches, casting, offloading, hooks).
         """
         coefficients = self._coefficients(context)
-        if path == "v":
-            return self._apply(
-                context,
-                linear,
-                coefficients["v"],
-                inputs=self._place("i_star", self.directions.i_star, context),
-                target=self._place(layer, self.o_star_v[layer], context),
-            )
-        tokens = coefficients.get("k_tokens", context)
-        if "k" not in coefficients:
-            return linear(tokens)
         locked = self._place("locked", self._locked, context)
-        return self._apply(tokens, linear, coefficients["k"], inputs=locked, target=None)
-
-    def _apply(
-        self,
-        tokens: Tensor,
-        linear: Callable[[Tensor], Tensor],
-        coefficients: Tensor,
-        inputs: Tensor,
-        target: Tensor | None,
-    ) -> Tensor:
-        """``linear(tokens)`` plus coefficients (b, m, 2j) times the basis [W i*; o*], o* being W e_super for keys."""
-        batch, length, _ = tokens.shape
-        behind = inputs.to(tokens).expand(batch, *inputs.shape)
-        projected = linear(torch.cat([tokens, behind], dim=1))
-        basis = projected[:, length:]
-        if target is not None:
-            basis = torch.cat([basis, target.to(basis).expand(batch, *target.shape)], dim=1)
-        return torch.baddbmm(projected[:, :length], coefficients.to(projected), basis)
+        if path == "k":
+            tokens = coefficients.get("k_tokens", context)
+            if "k" not in coefficients:
+                return linear(tokens)
+            projected, basis = _through(linear, tokens, locked)
+            return _added(projected, coefficients["k"], basis)
+        target = self._place(layer, self.o_star_v[layer], context)
+        if self._anchors is None:
+            projected, read = _through(linear, context, locked[: len(self.directions)])
+            target = target.to(read).expand(len(read), *target.shape)
+        else:
+            projected, read = _through(linear, context, locked)
+            read, anchor = read.chunk(2, dim=1)
+            target = target.to(read) + anchor * self._place("anchors", self._anchors, context).to(anchor)
+        return _added(projected, coefficients["v"], torch.cat([read, target], dim=1))
 
     def _coefficients(self, context: Tensor) -> dict[str, Tensor]:
         # A compiler removes the common subexpressions itself and must not trace bookkeeping on weak references.

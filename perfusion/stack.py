@@ -151,6 +151,7 @@ class ConceptStack:
             {layer: torch.stack([c.o_star_v[layer] for c in concepts]) for layer in concepts[0].family.layers},
             [use.lock for use in self.uses],
             [word_number(concept.placeholder) for concept in concepts],
+            [concept.anchored for concept in concepts],
         )
 
 

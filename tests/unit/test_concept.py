@@ -173,7 +173,7 @@ def test_metadata_tells_other_programs(tmp_path: Path) -> None:
     assert metadata["modelspec.resolution"] == "512x512"
     assert metadata["modelspec.trigger_phrase"] == "<my-teddy>"
     assert metadata["modelspec.thumbnail"] == "data:image/jpeg;base64,AA"
-    assert metadata["perfusion.format"] == FORMATS["half"] == "1"
+    assert metadata["perfusion.format"] == FORMATS["half", False] == "1"
     assert "modelspec.resolution" not in a_concept(training={}).metadata
     assert "modelspec.thumbnail" not in a_concept().metadata
 
@@ -532,7 +532,7 @@ def changed(path: Path, edit: Callable[[dict[str, Any], dict[str, str]], Any]) -
         pytest.param(lambda t, m: m.update({"perfusion.form": "preserving"}), "digest", id="other form"),
         pytest.param(lambda t, m: m.update({"perfusion.form": "baroque"}), "baroque", id="unknown form"),
         pytest.param(lambda t, m: m.update({"perfusion.estimator": ""}), "this version lacks", id="no estimator"),
-        pytest.param(lambda t, m: m.update({"perfusion.format": "3"}), "Update ComfyUI-Perfusion", id="newer"),
+        pytest.param(lambda t, m: m.update({"perfusion.format": "5"}), "Update ComfyUI-Perfusion", id="newer"),
         pytest.param(lambda t, m: m.update({"perfusion.format": "9" * 500}), "Update", id="much newer"),
         pytest.param(lambda t, m: m.pop("perfusion.format"), "no Perfusion concept", id="no format"),
         pytest.param(lambda t, m: m.pop("perfusion.placeholder"), "metadata is damaged", id="no placeholder"),

@@ -99,6 +99,28 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+# --- values that follow the weights in use
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("anchored", [[True, True], [False, True], [True, False]])
+def test_anchored_values_are_added_to_the_super_category_as_the_weights_in_use_see_it(
+    form: Form, anchored: list[bool]
+) -> None:
+    world = World(2, form=form, dtype=torch.float64)
+    context, other = world.context(), torch.randn_like(world.weight)
+    at_home, away = (einsum(w, world.e_super, "i d, j d -> j i") for w in (world.weight, other))
+    mask = torch.tensor(anchored).unsqueeze(-1)
+    stored = torch.where(mask, world.o_star - at_home, world.o_star)
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: stored}, anchored=anchored)
+    same = edit.project(LAYER, "v", context, world.linear)
+    assert relative(same, world.project(context)) < 1e-6
+
+    world.o_star = torch.where(mask, world.o_star - at_home + away, world.o_star)
+    world.weight = other
+    assert relative(edit.project(LAYER, "v", context, world.linear), world.project(context)) < 1e-6
+
+
 # --- oracle 1: perfusion-pytorch, one concept
 
 

@@ -21,7 +21,7 @@ class _Fit:
     def __init__(self, folder: Path, steps: int):
         torch.manual_seed(0)
         self.network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.run = Run(folder, {"fit": self.network}, steps=steps, rate=0.01, warmup=3, save_every=5)
+        self.run = Run(folder, {"fit": self.network}, steps=steps, rate=0.1, warmup=3, save_every=5)
 
     def loss(self, generator: torch.Generator) -> Tensor:
         x = torch.randn(16, 4, generator=generator)

@@ -1,0 +1,110 @@
+"""A concept on another checkpoint than it was learned on: its values as they were learned, or following the model.
+
+    python -m benchmarks.relock --other FOLDER [--json] [--concepts 8] [--prompts 8] [--steps 150]
+
+FOLDER holds the weights of a second miniature, trained differently: copy ``miniature/weights``, train on with
+``python -m miniature.training unet --from-weights --seed 1`` and export. Concepts are learned on each of the two and
+drawn on the other: "as_learned" with o*_V itself, "following" with o*_V - W_V e_super added to the other model's own
+W_V e_super, beside concepts "learned_there" and the plain "super_category". Keys follow the model either way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from statistics import mean
+
+from torch import Tensor
+from tqdm import tqdm
+
+from miniature import world
+from miniature.host import load_host
+from miniature.metrics import Metrics, rendered
+from miniature.weights import FOLDER, WeightsError
+from perfusion.concept import Concept
+from perfusion.hosts.diffusers import DiffusersHost, draw
+from perfusion.stack import ConceptStack, ConceptUse
+from perfusion.statistics import measure
+from perfusion.training.config import TrainingConfig
+
+from .quality import PLACEHOLDER, SAMPLER, learn, prompts_for
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.relock", description=__doc__)
+    parser.add_argument("--other", type=Path, required=True, help="weights of a second miniature")
+    parser.add_argument("--json", action="store_true", help="one line of JSON alone")
+    parser.add_argument("--concepts", type=int, default=8, help="personal things to learn on each")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts for each of them")
+    parser.add_argument("--steps", type=int, default=150, help="training steps for each of them")
+    options = parser.parse_args()
+    try:
+        hosts, metrics = (load_host(FOLDER), load_host(options.other)), Metrics(FOLDER)
+    except WeightsError as error:
+        raise SystemExit(str(error)) from None
+    config = TrainingConfig(steps=options.steps, micro_batch=0, resolution=world.SIZE)
+    figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for number in tqdm(range(options.concepts), desc="concepts"):
+        compare(hosts, metrics, number, options.prompts, config, figures)
+    result = {way: {name: round(mean(each), 4) for name, each in rows.items()} for way, rows in figures.items()}
+    print(json.dumps(result) if options.json else json.dumps(result, indent=2))
+
+
+def compare(
+    hosts: tuple[DiffusersHost, DiffusersHost],
+    metrics: Metrics,
+    number: int,
+    count: int,
+    config: TrainingConfig,
+    figures: Mapping[str, Mapping[str, list[float]]],
+) -> None:
+    """One personal thing, learned on either model and drawn on the other; adds to ``figures``."""
+    category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]
+    look, photos = world.instance(category, 3_000_000 + number), world.portraits(category, 3_000_000 + number, 5)
+    shown = rendered(photos)
+    learned = [learn(host, category, photos, measure(host, host.captions or ()), config) for host in hosts]
+    prompts = prompts_for(category, count, Random(f"relock {number}"))
+    seeds = [1000 * number + k for k in range(count)]
+
+    def judged(way: str, host: DiffusersHost, concept: Concept | None) -> None:
+        stack = ConceptStack(() if concept is None else (ConceptUse(concept),))
+        texts = [each.naming(PLACEHOLDER if concept else category) for each in prompts]
+        pictures = draw(host, stack, texts, seeds, **SAMPLER)
+        likeness = metrics.likeness(pictures, shown, category, look)
+        found = {**vars(likeness), "text": metrics.text_similarity(pictures, [p.naming(category) for p in prompts])}
+        for name, value in found.items():
+            figures[way][name].append(value)
+
+    for home, away in ((0, 1), (1, 0)):
+        following, there = anchored(learned[home], hosts[home]), hosts[away]
+        judged("as_learned", there, as_learned(learned[home], hosts[home]))
+        judged("following", there, following)
+        judged("learned_there", there, learned[away])
+        judged("super_category", there, None)
+
+
+def anchored(concept: Concept, host: DiffusersHost) -> Concept:
+    """The concept with values that follow the model, learned on this one."""
+    return concept if concept.anchored else _moved(concept, host, -1)
+
+
+def as_learned(concept: Concept, host: DiffusersHost) -> Concept:
+    """The concept with the values themselves, learned on this model."""
+    return _moved(concept, host, 1) if concept.anchored else concept
+
+
+def _moved(concept: Concept, host: DiffusersHost, sign: int) -> Concept:
+    """Its values with W_V e_super added or taken away."""
+    own: dict[str, Tensor] = host.project_values(concept.e_super.unsqueeze(0))
+    values = {layer: values + sign * own[layer].squeeze(0) for layer, values in concept.o_star_v.items()}
+    return replace(concept, o_star_v=values, anchored=sign < 0)
+
+
+if __name__ == "__main__":
+    main()
