@@ -1,13 +1,14 @@
-"""Do several concepts answer their own words, and not each other's? Competing gates against the paper's, side by side.
+"""Do several concepts answer their own words, and not each other's, and are all in the picture, each as itself?
 
-    python -m benchmarks.multi_concept [--json] [--steps 100] [--prompts 60] [--folder DIR]
+    python -m benchmarks.multi_concept [--json] [--steps 100] [--prompts 60] [--pictures 48] [--folder DIR]
 
 Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
 with adjectives and second things around them. "own": share of words that open their own concept's gate by half,
 "cross": share of (word, other concept) pairs in which the word opens the other's, "right": share of words whose own
 gate is the widest of all, "others": share of ordinary words that open any. "paper" reads each gate by itself,
 "competing" lets concepts compete by what is in the encodings, and "told" is what ComfyUI's text encoder tells besides:
-whose word each token is. Concepts are kept in ``--folder``, and not learned again.
+whose word each token is. "pictures" is what comes of it, by the judge: see ``benchmarks.multi_pictures``. Concepts are
+kept in ``--folder``, and not learned again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from miniature import world
 from miniature.captions import caption
 from miniature.host import load_host
-from miniature.metrics import rendered
+from miniature.metrics import Metrics, rendered
 from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept, load
 from perfusion.hosts.diffusers import DiffusersHost
@@ -39,10 +40,11 @@ from perfusion.training.dataset import prepare
 from perfusion.training.trainer import Subject, train
 
 from .host import say
-from .quality import thing_masks
+from .multi_judging import Thing, photos_of
+from .multi_pictures import Pictures
+from .quality import contact_sheet, thing_masks
 
 OPEN = 0.5
-PHOTOS = 5
 # Super-categories that stand in one prompt.
 ARRANGEMENTS = {
     "two_different": [("teddy bear", "cat"), ("cup", "robot"), ("cat", "car")],
@@ -61,6 +63,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON alone")
     parser.add_argument("--steps", type=int, default=100, help="training steps of each concept")
     parser.add_argument("--prompts", type=int, default=60, help="prompts for each set of concepts")
+    parser.add_argument("--pictures", type=int, default=48, help="pictures for each set of concepts; 0 leaves them out")
+    parser.add_argument("--arrangement", choices=ARRANGEMENTS, help="this one alone")
+    parser.add_argument("--sheet", type=Path, help="where a sheet of photos and what was drawn goes, as .png")
     parser.add_argument("--folder", type=Path, help="where learned concepts are kept, and looked for")
     parser.add_argument("--weights", type=Path, default=FOLDER)
     options = parser.parse_args()
@@ -68,54 +73,79 @@ def main() -> None:
         host = load_host(options.weights)
     except WeightsError as error:
         raise SystemExit(str(error)) from None
+    pictures = ready_to_draw(host, options) if options.pictures else None
     with tempfile.TemporaryDirectory() as temporary:
-        figures = measured(host, options, options.folder or Path(temporary))
+        figures = measured(host, pictures, options, options.folder or Path(temporary))
+    if options.sheet and pictures:
+        contact_sheet(pictures.sheet).save(options.sheet)
     print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
 
 
-def measured(host: DiffusersHost, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def ready_to_draw(host: DiffusersHost, options: argparse.Namespace) -> Pictures | None:
+    """What draws and judges, or None where the judge has no weights."""
+    try:
+        return Pictures(host, Metrics(options.weights), options.pictures)
+    except WeightsError as error:
+        say(f"Pictures are left out: {error}")
+        say("Make the judge: python -m miniature.training judges && python -m miniature.training judges --export")
+        return None
+
+
+def measured(
+    host: DiffusersHost, pictures: Pictures | None, options: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
     """The figures of each arrangement."""
-    needed = {thing for sets in ARRANGEMENTS.values() for kinds in sets for thing in _things(kinds)}
+    wanted = {name: ARRANGEMENTS[name] for name in ([options.arrangement] if options.arrangement else ARRANGEMENTS)}
+    needed = {thing for sets in wanted.values() for kinds in sets for thing in _things(kinds)}
     concepts = learned(host, sorted(needed), folder, options.steps)
     figures: dict[str, Any] = {}
-    for name, sets in ARRANGEMENTS.items():
-        counts: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ("paper", "competing", "told")}
-        for kinds in sets:
-            stack = ConceptStack(tuple(ConceptUse(concepts[thing]) for thing in _things(kinds)))
+    for name, sets in wanted.items():
+        stacks = [
+            (things, ConceptStack(tuple(ConceptUse(concepts[thing]) for thing in things)))
+            for things in map(_things, sets)
+        ]
+        found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ("paper", "competing", "told")}
+        for kinds, (_, stack) in zip(sets, stacks, strict=True):
             texts = prompts(stack.placeholders, options.prompts, Random(f"{name} {kinds}"))
-            with torch.no_grad():
-                context = host.text.encode_stack(texts, stack)[0]
-            where = word_places(host, texts, stack)
-            for way, found in counts.items():
-                edit = stack.edit(competing=way != "paper")
-                if way == "told":
-                    numbers = torch.tensor([0, *map(word_number, stack.placeholders)])
-                    edit.words = numbers[(where + 1).clamp_min(0)]
-                for key, values in readings(edit.gates(context), where).items():
-                    found[key] += values
+            read_gates(host, stack, texts, found)
         figures[name] = {
-            way: {key: round(sum(values) / len(values), 4) for key, values in found.items()}
-            for way, found in counts.items()
+            way: {key: round(sum(values) / len(values), 4) for key, values in of_way.items()}
+            for way, of_way in found.items()
         }
+        if pictures:
+            figures[name]["pictures"] = pictures.measured(name, stacks)
     return figures
 
 
-def _things(kinds: Sequence[str]) -> list[tuple[str, int]]:
+def read_gates(
+    host: DiffusersHost, stack: ConceptStack, texts: Sequence[str], found: dict[str, dict[str, list[float]]]
+) -> None:
+    """Add the readings of prompts to those of each way."""
+    with torch.no_grad():
+        context = host.text.encode_stack(texts, stack)[0]
+    where = word_places(host, texts, stack)
+    for way, of_way in found.items():
+        edit = stack.edit(competing=way != "paper")
+        if way == "told":
+            numbers = torch.tensor([0, *map(word_number, stack.placeholders)])
+            edit.words = numbers[(where + 1).clamp_min(0)]
+        for key, values in readings(edit.gates(context), where).items():
+            of_way[key] += values
+
+
+def _things(kinds: Sequence[str]) -> list[Thing]:
     """Each super-category with a number, that of its further ones being higher."""
     return [(kind, kinds[:k].count(kind)) for k, kind in enumerate(kinds)]
 
 
-def learned(
-    host: DiffusersHost, things: Sequence[tuple[str, int]], folder: Path, steps: int
-) -> dict[tuple[str, int], Concept]:
+def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, steps: int) -> dict[Thing, Concept]:
     """A concept of each (super-category, number), from renders of scenes that show the thing alone."""
     statistics, concepts = None, {}
     for kind, number in tqdm(things, desc="concepts"):
         name = f"{kind.replace(' ', '-')}-{number}"
         path = folder / f"{name}-{steps}.safetensors"
         if not path.exists():
-            look = world.instance(kind, 3_000_000 + number)
-            photos = [world.portrait(kind, look, Random(f"photo {name} {k}")) for k in range(PHOTOS)]
+            photos = photos_of((kind, number))
             ready = prepare(host, list(rendered(photos)), thing_masks(photos), world.SIZE)
             statistics = statistics or measure(host, host.captions or ())
             config = TrainingConfig(steps=steps, batch_size=8, micro_batch=0, resolution=world.SIZE)

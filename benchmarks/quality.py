@@ -98,7 +98,7 @@ def main() -> None:
         figures["concept"] = concepts(host, metrics, config, options, sheet)
     figures["seconds"] = round(time.perf_counter() - started)
     if options.sheet and sheet:
-        _sheet(sheet).save(options.sheet)
+        contact_sheet(sheet).save(options.sheet)
     print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
 
 
@@ -226,8 +226,8 @@ def _mask(mask: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width).float() / 255
 
 
-def _sheet(rows: Sequence[Tensor], columns: int = 16, enlarged: int = 2) -> Image.Image:
-    """Rows of pictures on white, broken after ``columns``."""
+def contact_sheet(rows: Sequence[Tensor], columns: int = 16, enlarged: int = 2) -> Image.Image:
+    """Rows of pictures (b, 64, 64, 3) in 0..1 on white, broken after ``columns``."""
     lines = [line for row in rows for line in row.split(columns)]
     side = world.SIZE * enlarged
     sheet = Image.new("RGB", (columns * (side + 2), len(lines) * (side + 2)), "white")

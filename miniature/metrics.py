@@ -27,6 +27,7 @@ from .world import PATTERNS, Scene, look_alike, portrait, render
 
 LOOK_ALIKES = 49
 _BATCH = 100
+_PORTRAITS = 4
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,16 @@ class Metrics:
             hits.append(int((self._known(category, look) @ own).argmax()) == 0)
         return sum(hits) / len(hits)
 
-    def _known(self, category: str, look: Look) -> Tensor:
-        """Judge's embeddings (50, e) of a thing and 49 look-alikes, each the mean over four portraits."""
-        rng = Random(f"look-alikes {category} {look}")
-        looks = [look, *(look_alike(look, rng) for _ in range(LOOK_ALIKES))]
-        pictures = rendered([portrait(category, each, rng) for each in looks for _ in range(4)])
+    def look_embeddings(self, category: str, looks: Sequence[Look], rng: Random) -> Tensor:
+        """Judge's embeddings (n, e) of length 1 of looks on things of a category, each the mean over four portraits."""
+        pictures = rendered([portrait(category, each, rng) for each in looks for _ in range(_PORTRAITS)])
         identity = self.verdict(pictures).identity[:, CATEGORY_NAMES.index(category)]
-        return normalize(identity.view(len(looks), 4, -1).mean(1), dim=-1)
+        return normalize(identity.view(len(looks), _PORTRAITS, -1).mean(1), dim=-1)
+
+    def _known(self, category: str, look: Look) -> Tensor:
+        """Embeddings (50, e) of a thing and 49 look-alikes."""
+        rng = Random(f"look-alikes {category} {look}")
+        return self.look_embeddings(category, [look, *(look_alike(look, rng) for _ in range(LOOK_ALIKES))], rng)
 
 
 def rendered(scenes: Sequence[Scene]) -> Tensor:
