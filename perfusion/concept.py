@@ -58,7 +58,8 @@ _WINDOWS_DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IG
 _DTYPES = {"F16", "BF16", "F32"}
 _PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 _EMBEDDING = "embedding."
-_VALUES, _SCALES = "o_star_v", "o_star_v.scale"
+_VALUES = {False: "o_star_v", True: "delta_v"}  # by whether the concept is anchored
+_SCALES = ".scale"
 _TENSORS_IN_HEADER = 4096  # more than names, types and places of all tensors take
 _LARGE_FAMILIES = {"sdxl"}  # in half precision their target values alone would take more than 100 KB
 
@@ -162,11 +163,12 @@ class Concept:
         stored = {_EMBEDDING + name: rows for name, rows in self.embeddings.items()}
         stored |= {"i_star": self.i_star, "d_star": self.d_star, "e_super": self.e_super}
         layers = list(self.o_star_v.values())
+        values = _VALUES[self.anchored]
         if self.storage == "half":
-            stored[_VALUES] = torch.cat(layers)
+            stored[values] = torch.cat(layers)
         tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in stored.items()}
         if self.storage == "8bit":
-            tensors[_VALUES], tensors[_SCALES] = quantize(layers)
+            tensors[values], tensors[values + _SCALES] = quantize(layers)
         return tensors
 
     @property
@@ -370,20 +372,21 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
             raise ValueError("training settings are not a table")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ConceptFileError(f"its metadata is damaged ({error}). Copy or train it again.") from None
-    expected = {"i_star", "d_star", "e_super", _VALUES, *(_EMBEDDING + name for name in family.encoders)}
-    expected |= {_SCALES} if storage == "8bit" else set()
+    values = _VALUES[anchored]
+    expected = {"i_star", "d_star", "e_super", values, *(_EMBEDDING + name for name in family.encoders)}
+    expected |= {values + _SCALES} if storage == "8bit" else set()
     if set(header) != expected:
         odd = sorted(str(name)[:60] for name in set(header) ^ expected)
         raise ConceptFileError(f"it does not hold the tensors of a concept (missing or unknown: {', '.join(odd[:4])})")
     for name, entry in header.items():
-        possible = {"I8"} if name == _VALUES and storage == "8bit" else _DTYPES
+        possible = {"I8"} if name == values and storage == "8bit" else _DTYPES
         if not isinstance(entry, dict) or entry.get("dtype") not in possible:
             raise ConceptFileError(f"its tensors are of unknown types; {name} must be {', '.join(sorted(possible))}")
     try:
         tensors = load_tensors(read())
     except SafetensorError as error:
         raise ConceptFileError(f"it is damaged or cut off ({error}). Copy or download it again.") from None
-    values, scales = tensors.pop(_VALUES), tensors.pop(_SCALES, None)
+    stored = tensors.pop(values), tensors.pop(values + _SCALES, None)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     concept = Concept(
         family=family,
@@ -393,7 +396,7 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
         i_star=tensors["i_star"],
         d_star=tensors["d_star"],
         e_super=tensors["e_super"],
-        o_star_v=dict(zip(family.layers, _layers(values, scales, family), strict=True)),
+        o_star_v=dict(zip(family.layers, _layers(values, *stored, family), strict=True)),
         form=metadata.get("perfusion.form", ""),
         estimator=metadata.get("perfusion.estimator", ""),
         training=training,
@@ -407,15 +410,15 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
     return concept
 
 
-def _layers(values: Tensor, scales: Tensor | None, family: Family) -> Sequence[Tensor]:
+def _layers(name: str, values: Tensor, scales: Tensor | None, family: Family) -> Sequence[Tensor]:
     """The target values of each layer, float32, from the tensors of a file; ``scales`` where they are in 8 bits."""
     widths = list(family.layers.values())
-    _require_shape(_VALUES, values, (sum(widths),))
+    _require_shape(name, values, (sum(widths),))
     if scales is None:
         return values.float().split(widths)
-    _require_shape(_SCALES, scales, (len(widths),))
+    _require_shape(name + _SCALES, scales, (len(widths),))
     if not (scales > 0).all():
-        raise ConceptFileError(f"{_SCALES} holds a number that is not above 0: the file is damaged")
+        raise ConceptFileError(f"{name}{_SCALES} holds a number that is not above 0: the file is damaged")
     return dequantize(values, scales, widths)
 
 

@@ -294,10 +294,8 @@ class Trainer:
         encodings = own if unchanged and config.vectors == 1 else None
         self.i_star, self.d_star = self._directions(config.contexts, encodings)
         self._paper_metric: Metric | None = self.statistics.metric() if config.estimator == "paper" else None
-        self.o_star_v = {
-            layer: values.detach().clone().requires_grad_()
-            for layer, values in host.project_values(self.e_super.unsqueeze(0)).items()
-        }
+        self._anchors = host.project_values(self.e_super.unsqueeze(0))
+        self.o_star_v = {layer: values.detach().clone().requires_grad_() for layer, values in self._anchors.items()}
         self._locate()
         self._require_words_in_reach()
 
@@ -356,7 +354,8 @@ class Trainer:
             i_star=i_star,
             d_star=d_star,
             e_super=self.e_super,
-            o_star_v={layer: values.squeeze(0) for layer, values in self.o_star_v.items()},
+            o_star_v={layer: (o - self._anchors[layer]).squeeze(0) for layer, o in self.o_star_v.items()},
+            anchored=True,
             form=self.config.form,
             estimator=self.config.estimator,
             training={**self.summary(self.steps_done), **extra},

@@ -223,6 +223,19 @@ def test_a_concept_in_8_bits_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert same(load(tmp_path / "again.safetensors"), NARROW)
 
 
+@pytest.mark.parametrize("storage", ["half", "8bit"])
+def test_values_that_follow_the_model_have_a_name_and_versions_of_their_own(tmp_path: Path, storage: str) -> None:
+    concept = a_concept(storage=storage, anchored=True)
+    path = concept.save(tmp_path / "it.safetensors")
+    assert concept.metadata["perfusion.format"] == {"half": "3", "8bit": "4"}[storage]
+    names = {"delta_v"} | ({"delta_v.scale"} if storage == "8bit" else set())
+    assert {name for name in concept.tensors if name.endswith(("_v", ".scale"))} == names
+    found = load(path)
+    assert found.anchored and same(found, concept) and found.digest == concept.digest
+    assert found.digest != a_concept(storage=storage).digest, "other pictures, other digest"
+    assert len(path.read_bytes()) <= len(a_concept(storage=storage).save(tmp_path / "old.safetensors").read_bytes()) + 8
+
+
 def test_storage_is_the_familys_unless_said_otherwise(tmp_path: Path) -> None:
     assert a_concept(SD1).storage == a_concept(SD2).storage == a_concept(SMALL).storage == "half"
     assert a_concept(SDXL).storage == "8bit"

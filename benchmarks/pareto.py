@@ -1,0 +1,90 @@
+"""One trained file, the whole trade-off: likeness and obedience over the bias, without training again.
+
+    python -m benchmarks.pareto [--json] [--concepts 8] [--prompts 16] [--steps 150] [--temperature .15] [--lock local]
+
+Personal things are learned on the miniature as in ``benchmarks.quality`` and drawn from the same prompts and noise at
+each bias. "image" is the mean cosine to the photos, "text" that to the prompt with the super-category in the word's
+place, "similarity" and "identity" the judge's; each with the standard error, over the things, of its change from the
+bias before. A curve is monotonic within noise where no change goes the wrong way by more than two of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from miniature import world
+from miniature.host import load_host
+from miniature.metrics import Metrics, rendered
+from miniature.weights import FOLDER, WeightsError
+from perfusion.edit import Gate
+from perfusion.hosts.diffusers import draw
+from perfusion.locking import LOCKS
+from perfusion.stack import ConceptStack, ConceptUse
+from perfusion.statistics import measure
+from perfusion.training.config import TrainingConfig
+
+from .quality import PLACEHOLDER, SAMPLER, learn, prompts_for
+
+BIASES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FALLS = {"image": True, "similarity": True, "identity": True, "text": False}  # with a rising bias
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pareto", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one line of JSON alone")
+    parser.add_argument("--concepts", type=int, default=8, help="personal things to learn")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts for each of them")
+    parser.add_argument("--steps", type=int, default=150, help="training steps for each of them")
+    parser.add_argument("--temperature", type=float, default=Gate.temperature)
+    parser.add_argument("--lock", choices=LOCKS, default="local")
+    parser.add_argument("--weights", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    try:
+        host, metrics = load_host(options.weights), Metrics(options.weights)
+    except WeightsError as error:
+        raise SystemExit(str(error)) from None
+    config = TrainingConfig(steps=options.steps, micro_batch=0, resolution=world.SIZE)
+    statistics, curves = measure(host, host.captions or ()), []
+    for number in tqdm(range(options.concepts), desc="concepts"):
+        category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]
+        look, photos = world.instance(category, 5_000_000 + number), world.portraits(category, 5_000_000 + number, 5)
+        concept, shown = learn(host, category, photos, statistics, config), rendered(photos)
+        prompts = prompts_for(category, options.prompts, Random(f"pareto {number}"))
+        seeds, asked = range(1000 * number, 1000 * number + len(prompts)), [p.naming(category) for p in prompts]
+        curve = []
+        for bias in BIASES:
+            use = ConceptUse(concept, Gate(bias=bias, temperature=options.temperature), options.lock)
+            pictures = draw(host, ConceptStack((use,)), [p.naming(PLACEHOLDER) for p in prompts], seeds, **SAMPLER)
+            likeness = vars(metrics.likeness(pictures, shown, category, look))
+            curve.append([{**likeness, "text": metrics.text_similarity(pictures, asked)}[name] for name in FALLS])
+        curves.append(curve)
+    figures = summary(torch.tensor(curves))
+    print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
+
+
+def summary(curves: torch.Tensor) -> dict[str, Any]:
+    """Figures of curves (things, biases, measures as in ``FALLS``): means, changes, and whether any goes wrong."""
+    change = curves.diff(dim=1)
+    error = change.std(0) / len(curves) ** 0.5
+    figures: dict[str, Any] = {"bias": list(BIASES)}
+    for k, (name, falls) in enumerate(FALLS.items()):
+        wrong = change.mean(0)[:, k] * (1 if falls else -1)
+        figures[name] = {
+            "mean": [round(value, 4) for value in curves.mean(0)[:, k].tolist()],
+            "error_of_change": [round(value, 4) for value in error[:, k].tolist()],
+            "monotonic": bool((wrong <= 0).all()),
+            "monotonic_within_noise": bool((wrong <= 2 * error[:, k]).all()),
+        }
+    return figures
+
+
+if __name__ == "__main__":
+    main()
