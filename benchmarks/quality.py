@@ -41,7 +41,7 @@ from perfusion.training.config import TrainingConfig
 from perfusion.training.dataset import prepare
 from perfusion.training.trainer import Subject, train
 
-SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 3.0, "size": world.SIZE, "batch": 50}
+SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 5.0, "size": world.SIZE, "batch": 50}
 PLACEHOLDER = "<my-thing>"
 PHOTOS = 5
 

@@ -145,7 +145,8 @@ def test_what_is_new_in_the_miniature_s_world_needs_nothing_but_run_either(serve
             load_graph(page, workflow(name))
             assert_same(prompt_of(page), name)
             if name != "shared_concept":
-                set_values(page, "PerfusionTrainConcept", **QUICK | {"steps": 2})
+                # As many steps as two of one kind need to be told apart.
+                set_values(page, "PerfusionTrainConcept", **QUICK | {"steps": 8})
             if name == "trade_off":
                 set_values(page, "PerfusionTradeOff", steps=2, bias="0.3, 0.9", temperature="0.15")
                 set_values(page, "PerfusionMiniatureLatent", batch_size=2)

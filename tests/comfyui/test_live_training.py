@@ -25,7 +25,7 @@ from tests.hosts import Base, ComfyServer, Prompt, ServerOptions, ServerPromptEr
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.server]
 
-STEPS, EVERY = 9, 3
+STEPS, EVERY = 12, 3
 
 
 def training(placeholder: str, **settings: Any) -> Prompt:
@@ -158,7 +158,7 @@ def test_canceled_it_is_kept_and_goes_on_as_if_it_had_not_been(whole: tuple[Comf
     stopped = max(event["step"] for event in told(heard))
     assert EVERY < stopped < STEPS
     saved = next(event["saved"] for event in told(heard) if "saved" in event)
-    assert load(server.base / "output" / "perfusion" / saved).training["steps_done"] == EVERY
+    assert load(server.base / "output" / "perfusion" / saved).training["steps_done"] in range(EVERY, stopped + 1, EVERY)
     kept = sorted((server.base / "user" / "perfusion" / "trainings").glob("my-teddy-*.safetensors"))
     assert len(kept) == 2, "that of the first training was not touched"
     name = kept[1].stem
@@ -184,7 +184,7 @@ def test_a_killed_server_loses_only_the_steps_since_the_last_checkpoint(
     with running_server(main_host(), base, ServerOptions()) as server:
         run = server.queue(prompt)
         report = str(run["outputs"]["report"])
-        assert any(f"Went on from step {step}" in report for step in (EVERY, 2 * EVERY))
+        assert any(f"Went on from step {step}" in report for step in range(EVERY, STEPS, EVERY))
         anew = server.queue(training("<my-cat>", resume="never"))
         folder = server.base / "output" / "perfusion"
         digests = {load(folder / each["outputs"]["save"]["text"][0]).digest for each in (run, anew)}

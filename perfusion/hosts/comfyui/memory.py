@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...training.config import TrainingConfig
-from .structure import encoder_widths
+from ..frozen import frozen_layers
+from .structure import encoder_widths, projections
 from .training import ComfyHost, blocks_of, checkpointed, is_faster_plain
 
 _GIB = 1 << 30
@@ -27,8 +28,8 @@ def training_bytes(host: ComfyHost, config: TrainingConfig) -> int:
     """What a step of this training holds at least, in bytes, on the device where the network computes.
 
     The network's and the encoders' weights are in it where they have yet to be brought to that device, and copies of
-    them where they are stored in another precision than they compute in. What single operations need for a moment is
-    not, nor prompts beyond the first: a batch may have one alone.
+    the edited projections' where they are stored in another precision than they compute in: other layers keep none.
+    What single operations need for a moment is not, nor prompts beyond the first: a batch may have one alone.
     """
     model = host.model.model
     compute, stored = host.compute_dtype, model.get_dtype()
@@ -39,7 +40,8 @@ def training_bytes(host: ComfyHost, config: TrainingConfig) -> int:
     # With checkpointing encoders run again when the network is done, else they wait for it.
     kept = max(kept, micro * a_prompt) if config.gradient_checkpointing else kept + a_prompt
     if stored != compute:
-        kept += sum(p.numel() for p in model.diffusion_model.parameters()) * compute.itemsize
+        edited = [layer.weight.numel() for _, *both in projections(model.diffusion_model) for layer in both]
+        kept += sum(edited) * compute.itemsize
     if not comfy.model_management.is_device_cpu(host.device):
         kept += host.model.model_size() + host.clip.patcher.model_size()
     return kept
@@ -84,12 +86,12 @@ def _kept_by_network(host: ComfyHost, batch: int, config: TrainingConfig, dtype:
         twin = type(model.diffusion_model)(**settings, device="meta", operations=comfy.ops.disable_weight_init)
         twin.requires_grad_(False).eval()
         kept = _Kept(twin)
-        with kept.watching():
+        with frozen_layers(twin), kept.watching():
             _run(host, twin, batch, config.resolution // host.latent_scale, dtype)
         if not config.gradient_checkpointing:
             return kept.bytes
         rest = _Kept(twin)
-        with checkpointed(twin), rest.watching():
+        with frozen_layers(twin), checkpointed(twin), rest.watching():
             _run(host, twin, batch, config.resolution // host.latent_scale, dtype)
         return rest.bytes + kept.most_by_a_block  # which is made again, one block after the other
 
