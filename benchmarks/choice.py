@@ -34,13 +34,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from miniature import world
 from miniature.host import load_host
-from miniature.metrics import rendered
-from miniature.weights import FOLDER, WeightsError, load_image_encoder, read
+from miniature.metrics import Metrics, rendered
+from miniature.weights import FOLDER, WeightsError, read
 from perfusion.files import write_bytes_atomically
 from perfusion.hosts.diffusers import DiffusersHost
 from perfusion.statistics import TextStatistics, measure
@@ -87,19 +86,16 @@ class Found:
 class Encoders:
     """The miniature's contrastive encoders (``perfusion.training.scoring.Similarity``)."""
 
-    def __init__(self, host: DiffusersHost, folder: Path):
-        self._host, self._image_encoder = host, load_image_encoder(folder)
+    def __init__(self, folder: Path):
+        self._metrics = Metrics(folder)
 
-    @torch.no_grad()
     def images(self, pictures: Tensor) -> Tensor:
         """Unit vectors (n, e) of pictures (n, 64, 64, 3)."""
-        return normalize(self._image_encoder(pictures.permute(0, 3, 1, 2) * 2 - 1).image_embeds, dim=-1)
+        return self._metrics.image_embeddings(pictures)
 
-    @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (n, e) of texts."""
-        encoded = self._host.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-        return normalize(self._host.text_encoder(encoded.input_ids).text_embeds, dim=-1)
+        return self._metrics.text_embeddings(prompts)
 
 
 def main() -> None:
@@ -146,7 +142,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         self.host: DiffusersHost = load_host(options.weights)
-        self.encoders = Encoders(self.host, options.weights)
+        self.encoders = Encoders(options.weights)
         self.statistics: TextStatistics = measure(self.host, self.host.captions or ())
         self.config = TrainingConfig(steps=options.steps, micro_batch=0, resolution=world.SIZE)
         self.every: int = options.every

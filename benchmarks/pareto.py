@@ -30,7 +30,7 @@ from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
 
-from .quality import PLACEHOLDER, SAMPLER, learn, prompts_for
+from .quality import PHOTOS, PLACEHOLDER, SAMPLER, learn, prompts_for
 
 BIASES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FALLS = {"image": True, "similarity": True, "identity": True, "text": False}  # with a rising bias
@@ -55,7 +55,10 @@ def main() -> None:
     statistics, curves = measure(host, host.captions or ()), []
     for number in tqdm(range(options.concepts), desc="concepts"):
         category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]
-        look, photos = world.instance(category, 5_000_000 + number), world.portraits(category, 5_000_000 + number, 5)
+        look, photos = (
+            world.instance(category, 5_000_000 + number),
+            world.portraits(category, 5_000_000 + number, PHOTOS),
+        )
         concept, shown = learn(host, category, photos, statistics, config), rendered(photos)
         prompts = prompts_for(category, options.prompts, Random(f"pareto {number}"))
         seeds, asked = range(1000 * number, 1000 * number + len(prompts)), [p.naming(category) for p in prompts]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -29,10 +29,10 @@ from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept
 from perfusion.hosts.diffusers import DiffusersHost, draw
 from perfusion.stack import ConceptStack, ConceptUse
-from perfusion.statistics import measure
+from perfusion.statistics import TextStatistics, measure
 from perfusion.training.config import TrainingConfig
 
-from .quality import PLACEHOLDER, SAMPLER, learn, prompts_for
+from .quality import PHOTOS, PLACEHOLDER, SAMPLER, learn, prompts_for
 
 
 def main() -> None:
@@ -49,15 +49,17 @@ def main() -> None:
     except WeightsError as error:
         raise SystemExit(str(error)) from None
     config = TrainingConfig(steps=options.steps, micro_batch=0, resolution=world.SIZE)
+    statistics = [measure(host, host.captions or ()) for host in hosts]
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for number in tqdm(range(options.concepts), desc="concepts"):
-        compare(hosts, metrics, number, options.prompts, config, figures)
+        compare(hosts, statistics, metrics, number, options.prompts, config, figures)
     result = {way: {name: round(mean(each), 4) for name, each in rows.items()} for way, rows in figures.items()}
     print(json.dumps(result) if options.json else json.dumps(result, indent=2))
 
 
 def compare(
     hosts: tuple[DiffusersHost, DiffusersHost],
+    statistics: Sequence[TextStatistics],
     metrics: Metrics,
     number: int,
     count: int,
@@ -66,9 +68,9 @@ def compare(
 ) -> None:
     """One personal thing, learned on either model and drawn on the other; adds to ``figures``."""
     category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]
-    look, photos = world.instance(category, 3_000_000 + number), world.portraits(category, 3_000_000 + number, 5)
+    look, photos = world.instance(category, 3_000_000 + number), world.portraits(category, 3_000_000 + number, PHOTOS)
     shown = rendered(photos)
-    learned = [learn(host, category, photos, measure(host, host.captions or ()), config) for host in hosts]
+    learned = [learn(host, category, photos, each, config) for host, each in zip(hosts, statistics, strict=True)]
     prompts = prompts_for(category, count, Random(f"relock {number}"))
     seeds = [1000 * number + k for k in range(count)]
 
@@ -82,28 +84,18 @@ def compare(
             figures[way][name].append(value)
 
     for home, away in ((0, 1), (1, 0)):
-        following, there = anchored(learned[home], hosts[home]), hosts[away]
+        there = hosts[away]
         judged("as_learned", there, as_learned(learned[home], hosts[home]))
-        judged("following", there, following)
+        judged("following", there, learned[home])
         judged("learned_there", there, learned[away])
         judged("super_category", there, None)
 
 
-def anchored(concept: Concept, host: DiffusersHost) -> Concept:
-    """The concept with values that follow the model, learned on this one."""
-    return concept if concept.anchored else _moved(concept, host, -1)
-
-
 def as_learned(concept: Concept, host: DiffusersHost) -> Concept:
-    """The concept with the values themselves, learned on this model."""
-    return _moved(concept, host, 1) if concept.anchored else concept
-
-
-def _moved(concept: Concept, host: DiffusersHost, sign: int) -> Concept:
-    """Its values with W_V e_super added or taken away."""
+    """The concept, learned on this model, with o*_V itself in place of what is added to W_V e_super."""
     own: dict[str, Tensor] = host.project_values(concept.e_super.unsqueeze(0))
-    values = {layer: values + sign * own[layer].squeeze(0) for layer, values in concept.o_star_v.items()}
-    return replace(concept, o_star_v=values, anchored=sign < 0)
+    values = {layer: values + own[layer].squeeze(0) for layer, values in concept.o_star_v.items()}
+    return replace(concept, o_star_v=values, anchored=False)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ class MuonAndAdam:
             {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self._adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
-        self._optimizers: list[torch.optim.Optimizer] = [self._adam]
+        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))]
+        # parameter -> the optimizer that steps it, and what it knows it by
+        self._owners = {parameter: (self._optimizers[0], parameter) for parameter in others}
         if self._matrices:
             matrices = [matrix for _, matrix in self._matrices]
-            self._optimizers.append(
-                torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            muon = torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self._optimizers.append(muon)
+            self._owners |= {parameter: (muon, matrix) for parameter, matrix in self._matrices}
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the steps to come."""
@@ -51,18 +52,13 @@ class MuonAndAdam:
 
     def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What the optimizer remembers of a parameter; empty before its first step."""
-        return self._owner(parameter)[0].state[self._owner(parameter)[1]]
+        optimizer, key = self._owners[parameter]
+        return optimizer.state.get(key, {})
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """Remember that instead."""
-        optimizer, key = self._owner(parameter)
+        optimizer, key = self._owners[parameter]
         optimizer.state[key] = state
-
-    def _owner(self, parameter: nn.Parameter) -> tuple[torch.optim.Optimizer, nn.Parameter]:
-        for whole, matrix in self._matrices:
-            if whole is parameter:
-                return self._optimizers[1], matrix
-        return self._adam, parameter
 
 
 def _as_matrix(values: Tensor, like: nn.Parameter) -> Tensor:
