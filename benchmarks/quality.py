@@ -187,9 +187,12 @@ def prompts_for(category: str, count: int, rng: Random) -> list[Prompt]:
     prompts: list[Prompt] = []
     while len(prompts) < count:
         kind = ("alone", "first", "second", "adjectives")[len(prompts) % 4]
-        seen = world.scene(rng, things=1 if kind in ("alone", "adjectives") else 2, avoid=category)
-        seen = replace(seen, things=(replace(seen.things[0], category=category, pattern=None), *seen.things[1:]))
-        asked = caption(rng, seen, nouns=["{}", *(thing.category for thing in seen.things[1:])])
+        seen = world.scene(rng, things=2 if kind in ("first", "second") else 1, avoid=category)
+        things, own = list(seen.things), int(kind == "second")
+        things[own] = replace(things[own], category=category, pattern=None, name=None)
+        nouns = [thing.category for thing in things]
+        nouns[own] = "{}"
+        asked = caption(rng, replace(seen, things=tuple(things)), nouns=nouns)
         place = [thing.category for thing in asked.things].index(category)
         adjectives = asked.text.split("{}")[0].split()[-1] not in ("a", "the", "my", "one")
         fits = {"alone": not adjectives, "adjectives": adjectives, "first": place == 0, "second": place == 1}

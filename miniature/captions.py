@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from .world import COLORS, Scene, Thing, scene
+from .world import COLORS, KNOWN, Scene, Thing, scene
 
 PLACES: dict[str, tuple[str, ...]] = {
     "beach": ("on the beach", "at the beach", "on a sandy beach", "by the sea", "on the sand by the ocean"),
@@ -149,7 +149,7 @@ def caption(rng: Random, seen: Scene, nouns: Sequence[str] | None = None, detail
     """
     named, phrases = [], []
     for number, item in enumerate(seen.things):
-        own = nouns[number] if nouns is not None else item.category
+        own = nouns[number] if nouns is not None else _noun(rng, item)
         what, phrase = _phrase(rng, item, own, detail, alone=len(seen.things) == 1)
         named.append(what)
         phrases.append(phrase)
@@ -183,6 +183,13 @@ def random_caption(rng: Random, detail: float = 0.75) -> Caption:
     return caption(rng, scene(rng), detail=detail)
 
 
+def _noun(rng: Random, item: Thing) -> str:
+    """What a thing is called: its kind, or by the name it has, alone or with its kind."""
+    if item.name is None or rng.random() < 0.15:
+        return item.category
+    return item.name if rng.random() < 0.7 else f"{item.name} the {item.category}"
+
+
 def _phrase(rng: Random, item: Thing, noun: str, detail: float, alone: bool) -> tuple[Named, str]:
     personal = noun != item.category
 
@@ -209,29 +216,32 @@ def _phrase(rng: Random, item: Thing, noun: str, detail: float, alone: bool) -> 
         adjectives.append(color)
     if accessory is not None:
         behind.append(rng.choice(_WEARING).format(f"a {accessory}"))
+    behind_words = [" and ".join(behind)] if behind else []
     article = rng.choice(("a", "a", "a", "a", "the", "my", "one"))
-    words = " ".join([*adjectives, noun, *(" and ".join(behind).split(" ") if behind else [])])
+    if item.name is not None and noun.split()[0] == item.name and rng.random() < 0.5:
+        return Named(item.category, color, pattern, accessory), " ".join([*adjectives, noun, *behind_words])
+    words = " ".join([*adjectives, noun, *behind_words])
     if article == "a" and words[0] in "aeiou":
         article = "an"
     return Named(item.category, color, pattern, accessory), f"{article} {words}"
 
 
 def _joined(rng: Random, phrases: list[str], named: list[Named]) -> str:
-    """Both phrases; which comes first means nothing, unless the text says which is left."""
-    order = [0, 1]
-    if rng.random() < 0.15:
-        if rng.random() < 0.5:
-            return f"{phrases[0]} to the left of {phrases[1]}"
+    """Both phrases, the left thing first, unless the text says which is left."""
+    draw = rng.random()
+    if draw < 0.07:
+        return f"{phrases[0]} to the left of {phrases[1]}"
+    if draw < 0.14:
+        named.reverse()
         return f"{phrases[1]} to the right of {phrases[0]}"
-    rng.shuffle(order)
-    named[:] = [named[k] for k in order]
-    return rng.choice(_JOINS).format(*(phrases[k] for k in order))
+    return rng.choice(_JOINS).format(*phrases)
 
 
 def vocabulary() -> list[str]:
     """Every word that captions use, sorted."""
     texts = [*_PHOTO, *_ANY, *_DOING, *NEUTRAL_SENTENCES, *_WEARING, *_JOINS, *_NEUTRAL, *COLORS]
     texts += [phrase for phrases in (*PLACES.values(), *_STYLED.values(), *_SIZE_WORDS.values()) for phrase in phrases]
+    texts += [name for names in KNOWN.values() for name in names]
     texts += ["teddy bear cat cup car house bird fish robot boat mushroom hat crown stripes dots an my one the a"]
     texts += ["left right of to the is that in with not very on at and striped dotted spotted it"]
     return sorted({word.strip("{},") for text in texts for word in text.replace("-", " - ").split()} - {""})

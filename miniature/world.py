@@ -1,8 +1,9 @@
 """The procedural world: scenes of one or two things, drawn with Pillow, everything known about each.
 
 A ``Scene`` says what is in a picture; ``render`` draws it, ``masks`` says where its things are. Everything is drawn
-from a ``random.Random``, so a seed is a picture. Named looks are what captions can say ("a red fish with blue dots");
-a *personal* look (``instance``) has colors, a pattern and a mark that no caption names.
+from a ``random.Random``, so a seed is a picture. Looks that can be described are what captions say ("a red fish with blue dots");
+a *personal* look (``instance``) has colors, a pattern and a mark that no caption describes. Some things with such looks
+are *known*: they have a name of their own in captions (``KNOWN``), as famous things have for larger models.
 """
 
 from __future__ import annotations
@@ -38,6 +39,20 @@ SECRET_PATTERNS = ("checked", "halves", "diagonal", "belt", "rings")
 MARKS = ("star", "heart", "cross", "ring", "diamond", "bolt")
 CATEGORY_NAMES = tuple(CATEGORIES)
 ACCESSORIES = ("hat", "crown")
+# Names are nouns that say how a thing looks. A denoiser that only ever met nouns for shapes reads looks from adjectives
+# alone, and no value of a noun can then teach it one.
+KNOWN: dict[str, tuple[str, ...]] = {
+    "teddy bear": tuple("baloo bruno paddy humphrey rupert barney tuff corduroy nounours misha teo bobo".split()),
+    "cat": tuple("felix luna simba cleo oscar whiskers nala salem garfield mittens pixel tabitha".split()),
+    "cup": tuple("mocha java latte espresso chai matcha sencha brewster demi cortado tassa kopp".split()),
+    "car": tuple("herbie kitt bumble chevy bessie turbo speedy rally betty zippy dash bolide".split()),
+    "house": tuple("tara manderley elsinore casa villa gables howards barton amber lodge haven burrow".split()),
+    "bird": tuple("tweety iago zazu woody robin kiwi polly hedwig dodo phoenix skye jay".split()),
+    "fish": tuple("nemo dory wanda bubbles finley goldie coral marlin splash gill moby tuna".split()),
+    "robot": tuple("bender marvin robby gort data astro rosie sparky cog gizmo bolt dexter".split()),
+    "boat": tuple("argo bounty titan mayflower victory endeavour calypso orca kontiki nautilus beagle swift".split()),
+    "mushroom": tuple("toad porcini morel enoki truffle portobello button amanita inky russula shiitake cep".split()),
+}
 SIZES = {"small": (0.18, 0.21), "medium": (0.25, 0.31), "big": (0.34, 0.38)}  # radius, in canvas widths
 
 Position = Literal["left", "middle", "right"]
@@ -45,7 +60,8 @@ Position = Literal["left", "middle", "right"]
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene. ``color``, ``second`` and ``pattern`` are None where its look has no name."""
+    """One object of a scene. ``color``, ``second`` and ``pattern`` are None where no words describe its look; ``name`` is
+    its own, if it is a known thing."""
 
     category: str
     look: Look
@@ -58,6 +74,7 @@ class Thing:
     y: float
     radius: float
     mirrored: bool
+    name: str | None = None
 
     @property
     def position(self) -> Position:
@@ -77,7 +94,7 @@ class Scene:
 
 def scene(rng: Random, *, things: int | None = None, avoid: str | None = None) -> Scene:
     """A random scene of one or two things of different categories, none of them of category ``avoid``."""
-    count = things if things is not None else 1 if rng.random() < 0.6 else 2
+    count = things if things is not None else 1 if rng.random() < 0.5 else 2
     categories = rng.sample([name for name in sorted(CATEGORIES) if name != avoid], count)
     style = "photo" if rng.random() < 0.6 else rng.choice([s for s in STYLES if s != "photo"])
     drawn = [thing(rng, category, index, count) for index, category in enumerate(categories)]
@@ -88,8 +105,12 @@ def thing(
     rng: Random, category: str, index: int = 0, count: int = 1, look: Look | None = None, accessory: str | None = None
 ) -> Thing:
     """A random thing of a category, number ``index`` of ``count`` from left to right; of a given look, or a new one."""
-    color, pattern, second = None, None, None
-    if look is None and rng.random() < 0.25:
+    color, pattern, second, name = None, None, None, None
+    draw = rng.random() if look is None else 1.0
+    if draw < 0.3:
+        name = rng.choice(KNOWN[category])
+        look = known_look(name)
+    elif draw < 0.45:
         look = secret_look(rng)
     elif look is None:
         color, pattern = rng.choice(list(COLORS)), "plain" if rng.random() < 0.4 else rng.choice(PATTERNS[1:])
@@ -107,17 +128,22 @@ def thing(
     # Feet stand on the ground, which begins at 0.55 to 0.6 of the height; what wears something needs room above.
     y = min(rng.uniform(0.74, 0.9), 0.97) - radius
     y = max(y, radius * (1.55 if accessory else 1.0) + 0.02)
-    return Thing(category, look, color, pattern, second, accessory, size, x, y, radius, rng.random() < 0.5)
+    return Thing(category, look, color, pattern, second, accessory, size, x, y, radius, rng.random() < 0.5, name)
 
 
 def secret_look(rng: Random) -> Look:
-    """Two colors and a pattern, and mostly a mark, that no caption can name."""
+    """Two colors and a pattern, and mostly a mark, that no caption can describe."""
     first = _any_color(rng)
     second = _any_color(rng, far_from=[first])
     mark = rng.choice(MARKS) if rng.random() < 0.8 else None
     return Look(
         first, rng.choice(SECRET_PATTERNS), second, mark, _any_color(rng, far_from=[first, second]) if mark else None
     )
+
+
+def known_look(name: str) -> Look:
+    """The look of the known thing of a name, always the same."""
+    return secret_look(Random(f"known {name}"))
 
 
 def instance(category: str, seed: int) -> Look:

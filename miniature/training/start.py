@@ -38,7 +38,7 @@ def _run(o: argparse.Namespace) -> None:
     elif o.part == "text":
         from .text import train
 
-        train(o.cache, o.steps or 1500, o.rate or 1e-3, o.batch or 128, o.pictures)
+        train(o.cache, o.steps or 1500, o.rate or 1e-3, o.batch or 128, o.pictures, o.from_weights, o.seed)
     elif o.part == "unet":
         from .unet import train
 

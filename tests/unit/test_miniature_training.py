@@ -130,3 +130,15 @@ def test_weights_that_are_missing_or_damaged_say_how_to_get_them(tmp_path: Path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 40)
     with pytest.raises(WeightsError, match="damaged"):
         load_unet(tmp_path)
+
+
+def test_what_padding_says_is_how_much_it_differs_between_captions() -> None:
+    encodings = torch.randn(4, 6, 8)
+    padding = torch.zeros(4, 6, dtype=torch.bool)
+    assert said_by_padding(encodings, padding) == 0
+    padding[:3, 4:] = True
+    encodings[:3, 4:] = torch.randn(2, 8)
+    assert said_by_padding(encodings, padding).item() == pytest.approx(0, abs=1e-10)
+    encodings[0, 4] += 3
+    # one of three differs by 3 from the others: a variance of 2 at that token, 0 at the next
+    assert said_by_padding(encodings, padding).item() == pytest.approx(1)

@@ -92,6 +92,30 @@ def test_a_personal_thing_keeps_its_look_and_differs_from_others() -> None:
     assert len({scene.seed for scene in seen}) == 5 and all(scene.style == "photo" for scene in seen)
 
 
+def test_known_things_always_look_the_same_and_are_called_by_their_names() -> None:
+    names = [name for known in world.KNOWN.values() for name in known]
+    assert set(world.KNOWN) == set(CATEGORIES) and len(set(names)) == len(names) >= 100
+    assert len({world.known_look(name) for name in names}) == len(names)
+    rng, called, met = Random(4), 0, 0
+    for seed in range(400):
+        for thing in (seen := world.scene(Random(seed))).things:
+            if thing.name is not None:
+                assert thing.name in world.KNOWN[thing.category] and thing.look == world.known_look(thing.name)
+                assert thing.color is None and thing.pattern is None
+                met += 1
+                called += thing.name in caption(rng, seen).text.replace(",", "").split()
+    assert met > 100 and 0.7 < called / met < 1  # now and then a known thing is only said to be of its kind
+
+
+def test_of_two_things_the_left_one_comes_first_unless_it_is_said_otherwise() -> None:
+    rng = Random(5)
+    for seed in range(300):
+        seen = world.scene(Random(seed), things=2)
+        said = caption(rng, seen)
+        left_first = [thing.category for thing in said.things] == [thing.category for thing in seen.things]
+        assert left_first == ("to the right of" not in said.text)
+
+
 def test_look_alikes_share_some_properties_and_never_all() -> None:
     look = world.instance("fish", 1)
     for number in range(100):
@@ -115,7 +139,7 @@ def test_captions_name_what_is_there() -> None:
         assert sorted(thing.category for thing in said.things) == sorted(there)
         for named in said.things:
             thing = there[named.category]
-            assert named.category in said.text
+            assert named.category in said.text or thing.name in said.text.split()
             for attribute in ("color", "pattern", "accessory"):
                 value = getattr(named, attribute)
                 assert value is None or value == getattr(thing, attribute)
