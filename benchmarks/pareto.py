@@ -66,8 +66,8 @@ def main() -> None:
         for bias in BIASES:
             use = ConceptUse(concept, Gate(bias=bias, temperature=options.temperature), options.lock)
             pictures = draw(host, ConceptStack((use,)), [p.naming(PLACEHOLDER) for p in prompts], seeds, **SAMPLER)
-            likeness = vars(metrics.likeness(pictures, shown, category, look))
-            curve.append([{**likeness, "text": metrics.text_similarity(pictures, asked)}[name] for name in FALLS])
+            found = metrics.of_concept(pictures, shown, category, look, asked)
+            curve.append([found[name] for name in FALLS])
         curves.append(curve)
     figures = summary(torch.tensor(curves))
     print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))

@@ -149,11 +149,9 @@ def concepts(
         shown = rendered(photos)
         sheet += [shown, own, without]
         for into, pictures in ((learned, own), (plain, without)):
-            likeness = metrics.likeness(pictures, shown, category, look)
-            into["identity"].append(likeness.identity)
-            into["similarity"].append(likeness.similarity)
-            into["image"].append(likeness.image)
-            into["text"].append(metrics.text_similarity(pictures, [each.naming(category) for each in prompts]))
+            named = [each.naming(category) for each in prompts]
+            for name, value in metrics.of_concept(pictures, shown, category, look, named).items():
+                into[name].append(value)
             for name, hits in metrics.attributes(pictures, asked).items():
                 into[name] += hits
             into["second_object"] += metrics.attributes(

@@ -78,9 +78,8 @@ def compare(
         stack = ConceptStack(() if concept is None else (ConceptUse(concept),))
         texts = [each.naming(PLACEHOLDER if concept else category) for each in prompts]
         pictures = draw(host, stack, texts, seeds, **SAMPLER)
-        likeness = metrics.likeness(pictures, shown, category, look)
-        found = {**vars(likeness), "text": metrics.text_similarity(pictures, [p.naming(category) for p in prompts])}
-        for name, value in found.items():
+        asked = [each.naming(category) for each in prompts]
+        for name, value in metrics.of_concept(pictures, shown, category, look, asked).items():
             figures[way][name].append(value)
 
     for home, away in ((0, 1), (1, 0)):

@@ -44,7 +44,9 @@ def personal_scene(number: int, rng: Random) -> Scene:
     seen = scene(rng, avoid=category)
     place = rng.randrange(len(seen.things))
     things = list(seen.things)
-    things[place] = replace(things[place], category=category, look=look, color=None, pattern=None, second=None, name=None)
+    things[place] = replace(
+        things[place], category=category, look=look, color=None, pattern=None, second=None, name=None
+    )
     return replace(seen, things=tuple(things))
 
 

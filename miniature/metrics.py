@@ -82,6 +82,15 @@ class Metrics:
         image = self.image_embeddings(pictures) @ self.image_embeddings(photos).T
         return Likeness(float((nearest == 0).float().mean()), float((own @ known[0]).mean()), float(image.mean()))
 
+    def of_concept(
+        self, pictures: Tensor, photos: Tensor, category: str, look: Look, asked: Sequence[str]
+    ) -> dict[str, float]:
+        """The fields of ``likeness``, and "text": the similarity to the texts that pictures were ``asked`` for with."""
+        return {
+            **vars(self.likeness(pictures, photos, category, look)),
+            "text": self.text_similarity(pictures, asked),
+        }
+
     def attributes(self, pictures: Tensor, captions: Sequence[Caption]) -> dict[str, list[bool]]:
         """For each attribute, whether each picture whose caption asks for it shows it.
 

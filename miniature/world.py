@@ -1,9 +1,9 @@
 """The procedural world: scenes of one or two things, drawn with Pillow, everything known about each.
 
 A ``Scene`` says what is in a picture; ``render`` draws it, ``masks`` says where its things are. Everything is drawn
-from a ``random.Random``, so a seed is a picture. Looks that can be described are what captions say ("a red fish with blue dots");
-a *personal* look (``instance``) has colors, a pattern and a mark that no caption describes. Some things with such looks
-are *known*: they have a name of their own in captions (``KNOWN``), as famous things have for larger models.
+from a ``random.Random``, so a seed is a picture. Most looks can be described by captions ("a red fish with blue dots");
+a *personal* look (``instance``) has colors, a pattern and a mark that no caption describes. Things with such looks that
+are *known* have a name of their own in captions (``KNOWN``), as famous things have for larger models.
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ CATEGORY_NAMES = tuple(CATEGORIES)
 ACCESSORIES = ("hat", "crown")
 # Names are nouns that say how a thing looks. A denoiser that only ever met nouns for shapes reads looks from adjectives
 # alone, and no value of a noun can then teach it one.
-KNOWN: dict[str, tuple[str, ...]] = {
-    "teddy bear": tuple("baloo bruno paddy humphrey rupert barney tuff corduroy nounours misha teo bobo".split()),
-    "cat": tuple("felix luna simba cleo oscar whiskers nala salem garfield mittens pixel tabitha".split()),
-    "cup": tuple("mocha java latte espresso chai matcha sencha brewster demi cortado tassa kopp".split()),
-    "car": tuple("herbie kitt bumble chevy bessie turbo speedy rally betty zippy dash bolide".split()),
-    "house": tuple("tara manderley elsinore casa villa gables howards barton amber lodge haven burrow".split()),
-    "bird": tuple("tweety iago zazu woody robin kiwi polly hedwig dodo phoenix skye jay".split()),
-    "fish": tuple("nemo dory wanda bubbles finley goldie coral marlin splash gill moby tuna".split()),
-    "robot": tuple("bender marvin robby gort data astro rosie sparky cog gizmo bolt dexter".split()),
-    "boat": tuple("argo bounty titan mayflower victory endeavour calypso orca kontiki nautilus beagle swift".split()),
-    "mushroom": tuple("toad porcini morel enoki truffle portobello button amanita inky russula shiitake cep".split()),
+_KNOWN = {
+    "teddy bear": "baloo bruno paddy humphrey rupert barney tuff corduroy nounours misha teo bobo",
+    "cat": "felix luna simba cleo oscar whiskers nala salem garfield mittens pixel tabitha",
+    "cup": "mocha java latte espresso chai matcha sencha brewster demi cortado tassa kopp",
+    "car": "herbie kitt bumble chevy bessie turbo speedy rally betty zippy dash bolide",
+    "house": "tara manderley elsinore casa villa gables howards barton amber lodge haven burrow",
+    "bird": "tweety iago zazu woody robin kiwi polly hedwig dodo phoenix skye jay",
+    "fish": "nemo dory wanda bubbles finley goldie coral marlin splash gill moby tuna",
+    "robot": "bender marvin robby gort data astro rosie sparky cog gizmo bolt dexter",
+    "boat": "argo bounty titan mayflower victory endeavour calypso orca kontiki nautilus beagle swift",
+    "mushroom": "toad porcini morel enoki truffle portobello button amanita inky russula shiitake cep",
 }
+KNOWN = {category: tuple(names.split()) for category, names in _KNOWN.items()}
 SIZES = {"small": (0.18, 0.21), "medium": (0.25, 0.31), "big": (0.34, 0.38)}  # radius, in canvas widths
 
 Position = Literal["left", "middle", "right"]
@@ -60,8 +61,8 @@ Position = Literal["left", "middle", "right"]
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene. ``color``, ``second`` and ``pattern`` are None where no words describe its look; ``name`` is
-    its own, if it is a known thing."""
+    """One object of a scene. ``color``, ``second`` and ``pattern`` are None where no words describe its look; ``name``
+    is its own, if it is a known thing."""
 
     category: str
     look: Look

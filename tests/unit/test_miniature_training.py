@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from miniature.judge import Judge
 from miniature.training.export import averaged, export
 from miniature.training.run import Run
+from miniature.training.text import said_by_padding
 from miniature.training.unet import alphas_cumprod, noise_levels
 from miniature.weights import WeightsError, keep, load_judge, load_unet
 
