@@ -112,12 +112,15 @@ class Run:
             for key, parameter in self._named.items():
                 parameter.data.copy_(file.get_tensor(f"weight.{key}"))
                 self.average[key].copy_(file.get_tensor(f"average.{key}"))
-            names = list(file.keys())
+            kept: dict[str, dict[str, Tensor]] = {key: {} for key in self._named}
+            for name in file.keys():  # noqa: SIM118, no mapping
+                part, kind, *rest = name.split(".", 2)
+                if part == "optimizer":
+                    kept[rest[0]][kind] = file.get_tensor(name)
             for key, parameter in self._named.items():
-                kinds = [name.split(".")[1] for name in names if name.split(".", 2)[::2] == ["optimizer", key]]
-                state = {kind: file.get_tensor(f"optimizer.{kind}.{key}").to(parameter.device) for kind in kinds}
-                if "step" in state:
-                    state["step"] = state["step"].cpu()
+                state = {
+                    kind: value if kind == "step" else value.to(parameter.device) for kind, value in kept[key].items()
+                }
                 self.optimizer.set_state(parameter, state)
         self.step, self.losses = int(summary["step"]), json.loads(summary["losses"])
         logger.warning("going on at step %d of %s", self.step, self.path)
