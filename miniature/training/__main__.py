@@ -19,12 +19,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
-    parser.add_argument(
-        "--from-weights", action="store_true", help="vae, text, unet: begin a new run with the weights that ship"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="vae, text, unet: another one for a run that goes on from weights"
-    )
+    parser.add_argument("--from-weights", action="store_true", help="begin a new run with the weights that ship")
+    parser.add_argument("--seed", type=int, default=0, help="another one for a run that goes on from weights")
     parser.add_argument(
         "--processes", type=int, default=1, help="share each batch between so many processes; on a CPU, one a core"
     )

@@ -13,6 +13,7 @@ from ..backgrounds import BACKGROUNDS
 from ..data import ALIKE, VIEWS, personal_category, pool, pool_scene, to_network
 from ..judge import CATEGORY_NAMES, COLOR_NAMES, WORN, Judge, Verdict
 from ..styles import STYLES
+from ..weights import read
 from ..world import PATTERNS, Scene
 from .run import Run, autocast, device
 
@@ -20,19 +21,38 @@ NOT_ASKED = -100
 TEMPERATURE = 0.1
 
 
-def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> None:
-    """Train on ``pictures`` scenes and a third as many of personal things; the checkpoint goes to ``cache/judges``."""
-    torch.manual_seed(0)
+def train(
+    cache: Path,
+    steps: int,
+    rate: float,
+    batch: int,
+    pictures: int,
+    start_from_weights: bool = False,
+    seed: int = 0,
+) -> None:
+    """Train on ``pictures`` scenes and as many of personal things; the checkpoint goes to ``cache/judges``.
+
+    Half as many of the former as of the latter are in a batch of ``batch``: what has a name is learned soon.
+    ``start_from_weights``: a new run begins with the weights that ship, not at random.
+    """
+    torch.manual_seed(seed)
     judge: Any = Judge()
     judge.to(device(), memory_format=torch.channels_last)
-    run = Run(cache / "judges", {"judge": judge}, steps=steps, rate=rate, ema=0.998, weight_decay=0.05)
+    if start_from_weights:
+        judge.load_state_dict({name: value.float() for name, value in read("judge").items()})
+    run = Run(cache / "judges", {"judge": judge}, steps=steps, rate=rate, seed=seed, ema=0.998, weight_decay=0.05)
     data, told = pool(cache, "train", pictures), labels([pool_scene("train", k) for k in range(pictures)])
-    personal = pool(cache, "personal", pictures // 3)
+    personal = pool(cache, "personal", pictures)
+    kinds = len(CATEGORY_NAMES)
     rows = len(personal) // (ALIKE * VIEWS)
+    named_count = batch // 3
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        index = torch.randint(pictures, (batch,), generator=generator)
-        some = torch.randint(rows, (batch // (ALIKE * 2),), generator=generator)
+        index = torch.randint(pictures, (named_count,), generator=generator)
+        # All of one category: it is from these that a thing has to be told apart.
+        kind = int(torch.randint(kinds, (1,), generator=generator))
+        drawn = torch.randperm(rows // kinds, generator=generator)[: (batch - named_count) // (ALIKE * 2)]
+        some = drawn * kinds + kind
         views = torch.stack([torch.randperm(VIEWS, generator=generator)[:2] for _ in range(ALIKE * len(some))])
         things = (some[:, None] * ALIKE + torch.arange(ALIKE)).flatten()
         shown = (things[:, None] * VIEWS + views).flatten()
@@ -42,8 +62,8 @@ def train(cache: Path, steps: int, rate: float, batch: int, pictures: int) -> No
             verdict = judge(x)
         category = torch.tensor([CATEGORY_NAMES.index(personal_category(k)) for k in things.tolist()])
         category = category.repeat_interleave(2).to(device())
-        own = verdict.identity[batch:][torch.arange(len(shown), device=device()), category].float()
-        named = Verdict(**{name: value[:batch].float() for name, value in vars(verdict).items()})
+        own = verdict.identity[named_count:][torch.arange(len(shown), device=device()), category].float()
+        named = Verdict(**{name: value[:named_count].float() for name, value in vars(verdict).items()})
         return named_loss(named, {k: v[index].to(device()) for k, v in told.items()}) + _contrast(own, category)
 
     run.train(loss_of)

@@ -47,4 +47,4 @@ def _run(o: argparse.Namespace) -> None:
     else:
         from .judges import train
 
-        train(o.cache, o.steps or 3000, o.rate or 2e-3, o.batch or 64, o.pictures)
+        train(o.cache, o.steps or 3000, o.rate or 1e-3, o.batch or 192, o.pictures, o.from_weights, o.seed)
