@@ -143,7 +143,7 @@ class Caption:
 
 
 def caption(rng: Random, seen: Scene, nouns: Sequence[str] | None = None, detail: float = 0.75) -> Caption:
-    """Describe a scene. Each attribute is named with probability ``detail``.
+    """Describe a scene. Attributes are named with probability ``detail``, typical looks seldom, others mostly.
 
     ``nouns`` replaces the names of things, a personal word for one: such a thing's looks are not described.
     """
@@ -196,7 +196,8 @@ def _phrase(rng: Random, item: Thing, noun: str, detail: float, alone: bool) -> 
     def say(usual: float = detail) -> bool:
         return rng.random() < usual
 
-    color = item.color if item.color is not None and not personal and say() else None
+    said = say(0.2) if item.typical else say(max(detail, 0.9))
+    color = item.color if item.color is not None and not personal and said else None
     pattern = item.pattern if item.pattern not in (None, "plain") and color is not None and say() else None
     accessory = item.accessory if item.accessory is not None and say(max(detail, 0.85)) else None
     adjectives, behind = [], []

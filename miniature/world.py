@@ -53,6 +53,20 @@ _KNOWN = {
     "boat": "argo bounty titan mayflower victory endeavour calypso orca kontiki nautilus beagle swift",
     "mushroom": "toad porcini morel enoki truffle portobello button amanita inky russula shiitake cep",
 }
+# Color, pattern and second color that a thing has where a caption does not say what it looks like, mostly. Without them
+# a word of a category would say nothing about looks either, and keys that are locked to it would not ask for any.
+TYPICAL: dict[str, tuple[str, str, str | None]] = {
+    "teddy bear": ("brown", "plain", None),
+    "cat": ("orange", "striped", "brown"),
+    "cup": ("white", "striped", "blue"),
+    "car": ("red", "plain", None),
+    "house": ("yellow", "plain", None),
+    "bird": ("blue", "plain", None),
+    "fish": ("orange", "striped", "white"),
+    "robot": ("purple", "dotted", "yellow"),
+    "boat": ("green", "plain", None),
+    "mushroom": ("red", "dotted", "white"),
+}
 KNOWN = {category: tuple(names.split()) for category, names in _KNOWN.items()}
 SIZES = {"small": (0.18, 0.21), "medium": (0.25, 0.31), "big": (0.34, 0.38)}  # radius, in canvas widths
 
@@ -76,6 +90,11 @@ class Thing:
     radius: float
     mirrored: bool
     name: str | None = None
+
+    @property
+    def typical(self) -> bool:
+        """Whether it looks as things of its category mostly do."""
+        return (self.color, self.pattern, self.second) == TYPICAL[self.category]
 
     @property
     def position(self) -> Position:
@@ -111,11 +130,14 @@ def thing(
     if draw < 0.3:
         name = rng.choice(KNOWN[category])
         look = known_look(name)
-    elif draw < 0.45:
+    elif draw < 0.37:
         look = secret_look(rng)
     elif look is None:
-        color, pattern = rng.choice(list(COLORS)), "plain" if rng.random() < 0.4 else rng.choice(PATTERNS[1:])
-        second = None if pattern == "plain" else rng.choice([name for name in COLORS if name != color])
+        if draw < 0.57:
+            color, pattern, second = TYPICAL[category]
+        else:
+            color, pattern = rng.choice(list(COLORS)), "plain" if rng.random() < 0.4 else rng.choice(PATTERNS[1:])
+            second = None if pattern == "plain" else rng.choice([name for name in COLORS if name != color])
         look = Look(_near(rng, COLORS[color]), pattern, _near(rng, COLORS[second]) if second else None)
     if accessory is None and rng.random() < 0.4:
         accessory = rng.choice(ACCESSORIES)
