@@ -11,12 +11,15 @@ from comfy_api.latest import io
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..perfusion.edit import Gate
+
 Concepts = io.Custom("PERFUSION_CONCEPTS")
 Training = io.Custom("PERFUSION_TRAINING")  # perfusion.training.run.Outcome
 
 TradeOffs = io.Custom("PERFUSION_TRADE_OFF")  # perfusion.tradeoff.TradeOff
 
 SHOWN_SIDE = 512
+GATE = Gate()  # what a concept's inputs are set to at first
 
 # Keys that older hosts do not know travel in this dictionary, which every host hands to its front end.
 ADVANCED = {"advanced": True}
@@ -35,6 +38,40 @@ def small(image: Tensor) -> Tensor:
     size = max(1, round(height * scale)), max(1, round(width * scale))
     reduced = interpolate(image.movedim(-1, 0)[None].float(), size, mode="bilinear", antialias=True)
     return reduced[0].movedim(0, -1)
+
+
+def gate_inputs(suffix: str = "", **settings: Any) -> list[io.Input]:
+    """Strength, bias and temperature of one concept. ``suffix`` follows their names; ``settings`` go to all three."""
+    return [
+        io.Float.Input(
+            f"strength{suffix}",
+            default=GATE.strength,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            tooltip="How strongly keys and values are edited. 0 switches the concept off.",
+            **settings,
+        ),
+        io.Float.Input(
+            f"bias{suffix}",
+            default=GATE.bias,
+            min=-1.0,
+            max=2.0,
+            step=0.01,
+            tooltip="How much of the concept a word must hold before its gate opens. Lower: more faithful to the "
+            "photos. Higher: more obedient to the prompt. 0.6 to 0.75 suit local key lock, 0.4 to 0.6 global.",
+            **settings,
+        ),
+        io.Float.Input(
+            f"temperature{suffix}",
+            default=GATE.temperature,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="How softly the gate opens. Lower: a switch. Higher: a blend.",
+            **settings,
+        ),
+    ]
 
 
 @contextmanager

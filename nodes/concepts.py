@@ -16,13 +16,12 @@ from ..perfusion.hosts.comfyui.thumbnails import thumbnail as make_thumbnail
 from ..perfusion.hosts.comfyui.workflow import metadata
 from ..perfusion.locking import LOCKS, Lock
 from ..perfusion.stack import ConceptStack, ConceptUse
-from .common import Concepts, naming, schema
+from .common import GATE, Concepts, gate_inputs, naming, schema
 
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 8
 NO_FILE = "none"
-_GATE = Gate()
 
 
 class PerfusionSaveConcept(io.ComfyNode):
@@ -196,34 +195,7 @@ def _row(number: int, files: list[str]) -> list[io.Input]:
         io.Boolean.Input(
             f"on_{number}", default=True, optional=True, tooltip="Off: as if the concept were not loaded."
         ),
-        io.Float.Input(
-            f"strength_{number}",
-            default=_GATE.strength,
-            min=0.0,
-            max=2.0,
-            step=0.05,
-            optional=True,
-            tooltip="How strongly keys and values are edited. 0 switches the concept off.",
-        ),
-        io.Float.Input(
-            f"bias_{number}",
-            default=_GATE.bias,
-            min=-1.0,
-            max=2.0,
-            step=0.01,
-            optional=True,
-            tooltip="How much of the concept a word must hold before its gate opens. Lower: more faithful to the "
-            "photos. Higher: more obedient to the prompt. 0.6 to 0.75 suit local key lock, 0.4 to 0.6 global.",
-        ),
-        io.Float.Input(
-            f"temperature_{number}",
-            default=_GATE.temperature,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            tooltip="How softly the gate opens. Lower: a switch. Higher: a blend.",
-        ),
+        *gate_inputs(f"_{number}", optional=True),
     ]
 
 
@@ -233,7 +205,7 @@ def _rows(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     for number in range(1, int(inputs.get("count") or 0) + 1):
         file = inputs.get(f"file_{number}", NO_FILE)
         if file not in (None, NO_FILE) and inputs.get(f"on_{number}", True):
-            gate = {name: inputs.get(f"{name}_{number}", getattr(_GATE, name)) for name in vars(_GATE)}
+            gate = {name: inputs.get(f"{name}_{number}", getattr(GATE, name)) for name in vars(GATE)}
             rows.append({"number": number, "file": file, **gate})
     return rows
 

@@ -14,42 +14,17 @@ from ..perfusion.edit import Gate
 from ..perfusion.hosts.comfyui import library
 from ..perfusion.locking import LOCKS
 from ..perfusion.stack import ConceptStack, ConceptUse
-from .common import Concepts, naming, schema
+from .common import Concepts, gate_inputs, naming, schema
 
 LOAD, SETTINGS = "Load Concept", "Concept Settings"
 BY_APPLY = "as Apply Concepts"
-_GATE = Gate()
 
 
 def _settings() -> list[io.Input]:
     """How one concept is applied."""
     return [
         io.Boolean.Input("on", default=True, tooltip="Off: as if the concept were not there."),
-        io.Float.Input(
-            "strength",
-            default=_GATE.strength,
-            min=0.0,
-            max=2.0,
-            step=0.05,
-            tooltip="How strongly keys and values are edited. 0 switches the concept off.",
-        ),
-        io.Float.Input(
-            "bias",
-            default=_GATE.bias,
-            min=-1.0,
-            max=2.0,
-            step=0.01,
-            tooltip="How much of the concept a word must hold before its gate opens. Lower: more faithful to the "
-            "photos. Higher: more obedient to the prompt. 0.6 to 0.75 suit local key lock, 0.4 to 0.6 global.",
-        ),
-        io.Float.Input(
-            "temperature",
-            default=_GATE.temperature,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            tooltip="How softly the gate opens. Lower: a switch. Higher: a blend.",
-        ),
+        *gate_inputs(),
         io.Combo.Input(
             "key_lock",
             options=[BY_APPLY, *LOCKS],
