@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import einsum
@@ -225,6 +225,36 @@ def cached(
     return statistics
 
 
+class WordContexts(NamedTuple):
+    """A word in captions: the encodings (n, d) of its own tokens, float32, and the second moment (d, d), float64, of
+    all tokens behind it. In a causal encoder these have seen the word, and hold some of it."""
+
+    own: Tensor
+    behind: Tensor
+
+
+def word_contexts(host: TextHost, captions: Iterable[str], word: Word, *, last_only: bool = False) -> WordContexts:
+    """A word in captions that contain it, without gradient. ``last_only`` as in ``word_encodings``, for its own tokens.
+
+    Raises ValueError when no caption contains the word.
+    """
+    captions = list(captions)
+    found, behind = [], SecondMoment(host.family.context_width)
+    for start in range(0, len(captions), _BATCH):
+        with torch.no_grad():
+            encodings = host.encode(captions[start : start + _BATCH], word)
+        mask = encodings.word
+        weights = token_weights(encodings) * ((mask.cumsum(dim=1) > 0) & ~mask)
+        behind.update(encodings.context.flatten(0, 1), weights.flatten())
+        if last_only:
+            mask = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+        found.append(encodings.context[mask.to(encodings.context.device)].float().cpu())
+    own = torch.cat(found) if found else torch.empty(0)
+    if not len(own):
+        raise ValueError(f"none of the captions contains {word.placeholder} within its first tokens")
+    return WordContexts(own, behind.matrix if behind.weight else torch.zeros_like(behind.total))
+
+
 def word_encodings(host: TextHost, captions: Iterable[str], word: Word, *, last_only: bool = False) -> Tensor:
     """Encodings of a word's own tokens in captions that contain it: (n, d), float32, without gradient.
 
@@ -232,27 +262,19 @@ def word_encodings(host: TextHost, captions: Iterable[str], word: Word, *, last_
 
     Raises ValueError when no caption contains the word.
     """
-    captions = list(captions)
-    found = []
-    for start in range(0, len(captions), _BATCH):
-        with torch.no_grad():
-            encodings = host.encode(captions[start : start + _BATCH], word)
-        mask = encodings.word
-        if last_only:
-            mask = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
-        found.append(encodings.context[mask.to(encodings.context.device)].float().cpu())
-    encoded = torch.cat(found) if found else torch.empty(0)
-    if not len(encoded):
-        raise ValueError(f"none of the captions contains {word.placeholder} within its first tokens")
-    return encoded
+    return word_contexts(host, captions, word, last_only=last_only).own
 
 
-def directions(encodings: Tensor, statistics: TextStatistics, estimator: Estimator) -> tuple[Tensor, Tensor]:
+def directions(
+    encodings: Tensor, statistics: TextStatistics, estimator: Estimator, behind: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """i* and d* (d,), float32, from encodings (n, d) of the concept's word.
 
     i* is their mean. "paper": d* = C^-1 i*, the encodings being those of a few short templates.
-    "robust": d* = (C + C_within)^-1 i*, C_within being the covariance of the word's own encodings over varied
-    captions: directions in which the word's encoding changes with its context no longer shut the gate.
+    "robust": d* = (C + C_within + C_behind)^-1 i*. C_within is the covariance of the word's own encodings over varied
+    captions: directions in which the word's encoding changes with its context no longer shut the gate. C_behind (d, d)
+    is the second moment of the tokens behind it: what the word leaves in these does not open it, so that a strong
+    concept stays at its word. Left out where it is not given.
     """
     e = encodings.double()
     i_star = e.mean(0)
@@ -260,4 +282,6 @@ def directions(encodings: Tensor, statistics: TextStatistics, estimator: Estimat
     if estimator == "robust" and len(e) > 1:
         deviation = e - i_star
         within = deviation.T @ deviation / (len(e) - 1)
+        if behind is not None:
+            within = within + behind
     return i_star.float(), statistics.metric(within).dual(i_star)

@@ -21,7 +21,7 @@ from ..concept import Concept, check_placeholder
 from ..corpus import captions_naming, captions_renaming, paper_templates
 from ..edit import Directions, Gate, KeyValueEdit
 from ..hosts.base import Encodings, Host, TextHost, Word
-from ..statistics import Metric, TextStatistics, directions, word_encodings
+from ..statistics import Metric, TextStatistics, WordContexts, directions, word_contexts
 from .captions import PhotoCaptions, captions_by_photo, with_placeholder
 from .config import TrainingConfig
 from .dataset import Photos
@@ -289,10 +289,10 @@ class Trainer:
         self.embeddings = {name: _resample(r, config.vectors).requires_grad_() for name, r in rows.items()}
         unchanged = all(torch.equal(rows[name], self.embeddings[name]) for name in rows)
         plain = Word(subject.placeholder, subject.super_category)
-        own = word_encodings(host, self._contexts(config.contexts), plain, last_only=True)
-        self.e_super = own.mean(0)
-        encodings = own if unchanged and config.vectors == 1 else None
-        self.i_star, self.d_star = self._directions(config.contexts, encodings)
+        contexts = word_contexts(host, self._contexts(config.contexts), plain, last_only=True)
+        self.e_super = contexts.own.mean(0)
+        same = unchanged and config.vectors == 1
+        self.i_star, self.d_star = self._directions(config.contexts, contexts if same else None)
         self._paper_metric: Metric | None = self.statistics.metric() if config.estimator == "paper" else None
         self._anchors = host.project_values(self.e_super.unsqueeze(0))
         self.o_star_v = {layer: values.detach().clone().requires_grad_() for layer, values in self._anchors.items()}
@@ -361,12 +361,11 @@ class Trainer:
             training={**self.summary(self.steps_done), **extra},
         )
 
-    def _directions(self, contexts: int, encodings: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _directions(self, contexts: int, known: WordContexts | None = None) -> tuple[Tensor, Tensor]:
         if self.config.estimator == "paper" and self.losses:
             return self.i_star, self.d_star
-        if encodings is None:
-            encodings = word_encodings(self.host, self._contexts(contexts), self.word)
-        return directions(encodings, self.statistics, self.config.estimator)
+        own, behind = known or word_contexts(self.host, self._contexts(contexts), self.word)
+        return directions(own, self.statistics, self.config.estimator, behind)
 
     def _follow(self, mean: Tensor) -> None:
         """Let i* and d* follow the embedding: the paper's moving average, or a look at varied captions now and then."""

@@ -26,6 +26,7 @@ from perfusion.statistics import (
     directions,
     measure,
     token_weights,
+    word_contexts,
     word_encodings,
 )
 from tests.unit.fake_host import LENGTH, FakeHost
@@ -355,6 +356,42 @@ def test_word_encodings_are_those_of_the_words_own_tokens(super_category: str, t
     assert torch.allclose(spelled[at], found[3 * tokens : 4 * tokens], atol=1e-5)
 
 
+def test_what_lies_behind_a_word_is_all_that_has_seen_it() -> None:
+    host, word = FakeHost(), Word("<it>", "teddy bear")
+    texts = ["a photo of <it> on the moon", "<it> in a room"]
+    own, behind = word_contexts(host, texts, word)
+    assert torch.equal(own, word_encodings(host, texts, word))
+    moment = SecondMoment(16)
+    for row in range(2):
+        encodings = host.encode(texts[row : row + 1], word)
+        last = int(encodings.word[0].nonzero()[-1])
+        rest, padding = encodings.context[0, last + 1 :], encodings.padding[0, last + 1 :]
+        assert padding.any() and not padding.all()
+        # All padding of a caption counts as one token.
+        moment.update(rest, torch.where(padding, 1 / padding.sum(), 1.0))
+    assert torch.allclose(behind, moment.matrix, atol=1e-6)
+
+
+def test_a_robust_gate_stays_shut_on_what_the_word_leaves_behind() -> None:
+    """Tokens behind a strong word hold as much of it as the word itself, beside what is their own."""
+    draw = torch.Generator().manual_seed(6)
+    width = 32
+    others = torch.randn(20_000, width, generator=draw) + 0.5
+    core, trace = 3 * torch.randn(2, width, generator=draw)
+    own = core + trace + 0.3 * torch.randn(240, width, generator=draw)
+    left = trace + torch.randn(2000, width, generator=draw) + 0.5
+    statistics, behind = statistics_of(others), SecondMoment(width)
+    behind.update(left[:1000])
+
+    def r(e: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return presence(e, pair[0].unsqueeze(0), pair[1].unsqueeze(0))
+
+    without, within = (directions(own, statistics, "robust", some) for some in (None, behind.matrix))
+    assert float(r(left[1000:], without).mean()) > 0.3
+    assert float(r(left[1000:], within).mean()) < 0.1
+    assert float(r(own, within).min()) > 0.8
+
+
 def test_word_encodings_carry_no_gradient_and_want_the_word() -> None:
     host = FakeHost()
     rows = {"clip_l": torch.zeros(2, 16, requires_grad=True)}
@@ -376,6 +413,11 @@ def test_directions_are_their_formulas() -> None:
     within = torch.cov(e.float().double().T)
     expected = torch.linalg.solve(statistics.c + within, e.mean(0))
     assert torch.allclose(robust.double(), expected / expected.abs().max(), atol=1e-4)
+    behind = correlated(50, seed=4).T @ correlated(50, seed=4) / 50
+    _, robust = directions(e.float(), statistics, "robust", behind)
+    expected = torch.linalg.solve(statistics.c + within + behind, e.mean(0))
+    assert torch.allclose(robust.double(), expected / expected.abs().max(), atol=1e-4)
+    assert torch.equal(directions(e.float(), statistics, "paper", behind)[1], d_star)
     one = directions(e[:1].float(), statistics, "robust")
     assert torch.equal(one[1], directions(e[:1].float(), statistics, "paper")[1])
 
