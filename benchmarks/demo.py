@@ -79,7 +79,7 @@ SCENES_OF_TWO = (
 TRADE_OFF = "a photo of a {} wearing a crown on the moon"
 BIASES = (0.2, 0.4, 0.6, 0.75, 0.9)
 
-STEPS, SEEDS = 150, 4
+STEPS, SEEDS = 250, 4
 TRAINING = TrainingConfig(batch_size=16, micro_batch=0, resolution=SIZE)
 AT_ONCE = 8
 DRAWING: dict[str, Any] = {"steps": 25, "guidance": 5.0, "size": SIZE, "batch": AT_ONCE}
