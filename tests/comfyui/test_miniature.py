@@ -550,13 +550,13 @@ def test_statistics_are_of_the_little_world(
     seen: dict[str, list[str]] = {}
     training = comfy_host.module("nodes.train")
     trainer = comfy_host.module("perfusion.training.trainer")
-    measured, encoded = training.cached, trainer.word_encodings
+    measured, encoded = training.cached, trainer.word_contexts
     monkeypatch.setattr(
         training, "cached", lambda host, corpus, *rest: measured(host, seen.setdefault("corpus", corpus), *rest)
     )
     monkeypatch.setattr(
         trainer,
-        "word_encodings",
+        "word_contexts",
         lambda host, captions, *rest, **more: encoded(host, seen.setdefault("contexts", captions), *rest, **more),
     )
     comfy_host.execute(training_graph(), keep=[("train", 0)])

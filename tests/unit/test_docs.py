@@ -59,16 +59,29 @@ def _node(schema: ast.Call, module: ast.Module) -> Node:
     # called with their number.
     functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
     called = {ast.unparse(call.func): bool(call.args) for call in _calls(texts["inputs"])}
-    for call in _of_kind(texts["inputs"], "Input"):
-        node.inputs[_text(call.args[0])] = _tooltip(call)
+    node.inputs |= _inputs(texts["inputs"])
     for function in functions.keys() & called.keys():
-        rows = _of_kind(functions[function], "Input")
-        numbers = range(1, _constant(module, "MAX_ROWS") + 1) if rows and called[function] else [0]
-        for number in numbers:
-            node.inputs |= {_text(row.args[0], number): _tooltip(row) for row in rows}
+        numbers = range(1, _constant(module, "MAX_ROWS") + 1) if called[function] else [0]
+        if _of_kind(functions[function], "Input"):
+            for number in numbers:
+                node.inputs |= _inputs(functions[function], number)
     for call in _of_kind(texts["outputs"], "Output"):
         node.outputs.append(Output(_text(_keywords(call)["display_name"]), _tooltip(call)))
     return node
+
+
+def _inputs(tree: ast.AST, number: int | str = 0) -> dict[str, str]:
+    """Id -> tooltip of the inputs that are made here, in the order of the source; f-strings contain the number."""
+    found: dict[str, str] = {}
+    shared = [call for call in _calls(tree) if ast.unparse(call.func) == "gate_inputs"]
+    for call in sorted([*_of_kind(tree, "Input"), *shared], key=lambda call: (call.lineno, call.col_offset)):
+        if call in shared:
+            common = ast.parse((ROOT / "nodes" / "common.py").read_text(encoding="utf-8"))
+            made = next(f for f in common.body if isinstance(f, ast.FunctionDef) and f.name == "gate_inputs")
+            found |= _inputs(made, _text(call.args[0], number) if call.args else "")
+        else:
+            found[_text(call.args[0], number)] = _tooltip(call)
+    return found
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
@@ -95,7 +108,7 @@ def _tooltip(call: ast.Call) -> str:
     return _text(value)
 
 
-def _text(value: ast.expr, number: int = 0) -> str:
+def _text(value: ast.expr, number: int | str = 0) -> str:
     """A literal text; f-strings may contain the number of a row."""
     if isinstance(value, ast.JoinedStr):
         parts = [part.value if isinstance(part, ast.Constant) else number for part in value.values]
