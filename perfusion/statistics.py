@@ -234,7 +234,9 @@ class WordContexts(NamedTuple):
 
 
 def word_contexts(host: TextHost, captions: Iterable[str], word: Word, *, last_only: bool = False) -> WordContexts:
-    """A word in captions that contain it, without gradient. ``last_only`` as in ``word_encodings``, for its own tokens.
+    """A word in captions that contain it, without gradient.
+
+    ``last_only`` takes a word's last token alone for its own, which in a causal encoder has seen the whole phrase.
 
     Raises ValueError when no caption contains the word.
     """
@@ -253,16 +255,6 @@ def word_contexts(host: TextHost, captions: Iterable[str], word: Word, *, last_o
     if not len(own):
         raise ValueError(f"none of the captions contains {word.placeholder} within its first tokens")
     return WordContexts(own, behind.matrix if behind.weight else torch.zeros_like(behind.total))
-
-
-def word_encodings(host: TextHost, captions: Iterable[str], word: Word, *, last_only: bool = False) -> Tensor:
-    """Encodings of a word's own tokens in captions that contain it: (n, d), float32, without gradient.
-
-    ``last_only`` takes a word's last token alone, which in a causal encoder has seen the whole phrase.
-
-    Raises ValueError when no caption contains the word.
-    """
-    return word_contexts(host, captions, word, last_only=last_only).own
 
 
 def directions(

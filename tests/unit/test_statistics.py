@@ -27,7 +27,6 @@ from perfusion.statistics import (
     measure,
     token_weights,
     word_contexts,
-    word_encodings,
 )
 from tests.unit.fake_host import LENGTH, FakeHost
 
@@ -347,9 +346,9 @@ def test_word_encodings_are_those_of_the_words_own_tokens(super_category: str, t
     host = FakeHost()
     word = Word("<it>", super_category)
     texts = captions_naming("<it>", 40)
-    found = word_encodings(host, texts, word)
+    found = word_contexts(host, texts, word).own
     assert found.shape == (40 * tokens, 16)
-    assert torch.equal(word_encodings(host, texts, word, last_only=True), found[tokens - 1 :: tokens])
+    assert torch.equal(word_contexts(host, texts, word, last_only=True).own, found[tokens - 1 :: tokens])
     spelled = host.encode([texts[3].lower().replace("<it>", super_category)]).context[0]
     at = [int((spelled - row).abs().sum(-1).argmin()) for row in found[3 * tokens : 4 * tokens]]
     assert at == list(range(at[0], at[0] + tokens))
@@ -360,7 +359,6 @@ def test_what_lies_behind_a_word_is_all_that_has_seen_it() -> None:
     host, word = FakeHost(), Word("<it>", "teddy bear")
     texts = ["a photo of <it> on the moon", "<it> in a room"]
     own, behind = word_contexts(host, texts, word)
-    assert torch.equal(own, word_encodings(host, texts, word))
     moment = SecondMoment(16)
     for row in range(2):
         encodings = host.encode(texts[row : row + 1], word)
@@ -395,12 +393,12 @@ def test_a_robust_gate_stays_shut_on_what_the_word_leaves_behind() -> None:
 def test_word_encodings_carry_no_gradient_and_want_the_word() -> None:
     host = FakeHost()
     rows = {"clip_l": torch.zeros(2, 16, requires_grad=True)}
-    found = word_encodings(host, ["a photo of <it>"], Word("<it>", "cat", rows))
+    found = word_contexts(host, ["a photo of <it>"], Word("<it>", "cat", rows)).own
     assert found.shape == (2, 16)
     assert not found.requires_grad
     for texts in ([], ["a photo of a cat"]):
         with pytest.raises(ValueError, match="none of the captions contains <it>"):
-            word_encodings(host, texts, Word("<it>", "cat"))
+            word_contexts(host, texts, Word("<it>", "cat"))
 
 
 def test_directions_are_their_formulas() -> None:
@@ -458,8 +456,8 @@ def test_robust_gates_open_on_other_captions_than_they_were_made_of() -> None:
     host = FakeHost()
     statistics = measure(host, captions(300))
     word = Word("<it>", "teddy bear")
-    held_out = word_encodings(host, captions_naming("<it>", 100, seed=9), word, last_only=True)
-    seen = word_encodings(host, captions_naming("<it>", 240), word, last_only=True)
+    held_out = word_contexts(host, captions_naming("<it>", 100, seed=9), word, last_only=True).own
+    seen = word_contexts(host, captions_naming("<it>", 240), word, last_only=True).own
     i_star, d_star = directions(seen, statistics, "robust")
     r = presence(held_out, i_star.unsqueeze(0), d_star.unsqueeze(0))
     assert float((r > 0.6).float().mean()) > 0.95

@@ -12,7 +12,7 @@ from torch import Tensor
 from perfusion.concept import Concept, PlaceholderError
 from perfusion.corpus import captions_naming
 from perfusion.hosts.base import Encodings
-from perfusion.statistics import word_encodings
+from perfusion.statistics import word_contexts
 from perfusion.training import trainer as trainer_module
 from perfusion.training.config import TrainingConfig
 from perfusion.training.dataset import prepare
@@ -64,7 +64,7 @@ def test_everything_starts_at_the_super_category(super_category: str, means: lis
     for name, found in trainer.embeddings.items():
         assert torch.allclose(found, torch.stack([rows[name][mean].mean(0) for mean in means]), atol=1e-6)
     plain = replace(trainer.word, embeddings=None)
-    own = word_encodings(host, captions_naming("<it>", 16), plain, last_only=True)
+    own = word_contexts(host, captions_naming("<it>", 16), plain, last_only=True).own
     assert torch.allclose(trainer.e_super, own.mean(0), atol=1e-6)
     for layer, values in trainer.o_star_v.items():
         assert torch.allclose(values[0], host.layers[layer]["v"] @ trainer.e_super, atol=1e-5)
@@ -260,7 +260,7 @@ def test_the_robust_target_input_is_looked_up_now_and_then(monkeypatch: pytest.M
         seen.append(trainer.i_star.clone())
     changed = [k for k in range(1, 8) if not torch.equal(seen[k], seen[k - 1])]
     assert changed == [3, 6]
-    own = word_encodings(trainer.host, captions_naming("<bear>", 16), trainer.word)
+    own = word_contexts(trainer.host, captions_naming("<bear>", 16), trainer.word).own
     assert torch.equal(trainer.concept().i_star, own.mean(0).half().float()), "the concept's is always the latest"
 
 
