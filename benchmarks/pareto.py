@@ -55,10 +55,8 @@ def main() -> None:
     statistics, curves = measure(host, host.captions or ()), []
     for number in tqdm(range(options.concepts), desc="concepts"):
         category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]
-        look, photos = (
-            world.instance(category, 5_000_000 + number),
-            world.portraits(category, 5_000_000 + number, PHOTOS),
-        )
+        thing = 5_000_000 + number
+        look, photos = world.instance(category, thing), world.portraits(category, thing, PHOTOS)
         concept, shown = learn(host, category, photos, statistics, config), rendered(photos)
         prompts = prompts_for(category, options.prompts, Random(f"pareto {number}"))
         seeds, asked = range(1000 * number, 1000 * number + len(prompts)), [p.naming(category) for p in prompts]

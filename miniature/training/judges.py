@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
 from ..backgrounds import BACKGROUNDS
-from ..data import ALIKE, VIEWS, personal_category, pool, pool_scene, to_network
+from ..data import ALIKE, VIEWS, pool, pool_scene, to_network
 from ..judge import CATEGORY_NAMES, COLOR_NAMES, WORN, Judge, Verdict
 from ..styles import STYLES
-from ..weights import read
 from ..world import PATTERNS, Scene
-from .run import Run, autocast, device
+from .run import Run, autocast, begin_with_weights, device
 
 NOT_ASKED = -100
 TEMPERATURE = 0.1
@@ -39,7 +38,7 @@ def train(
     judge: Any = Judge()
     judge.to(device(), memory_format=torch.channels_last)
     if start_from_weights:
-        judge.load_state_dict({name: value.float() for name, value in read("judge").items()})
+        begin_with_weights(judge, "judge")
     run = Run(cache / "judges", {"judge": judge}, steps=steps, rate=rate, seed=seed, ema=0.998, weight_decay=0.05)
     data, told = pool(cache, "train", pictures), labels([pool_scene("train", k) for k in range(pictures)])
     personal = pool(cache, "personal", pictures)
@@ -60,11 +59,9 @@ def train(
         x = _worsened(x, generator).to(device(), memory_format=torch.channels_last)
         with autocast():
             verdict = judge(x)
-        category = torch.tensor([CATEGORY_NAMES.index(personal_category(k)) for k in things.tolist()])
-        category = category.repeat_interleave(2).to(device())
-        own = verdict.identity[named_count:][torch.arange(len(shown), device=device()), category].float()
+        own = verdict.identity[named_count:, kind].float()
         named = Verdict(**{name: value[:named_count].float() for name, value in vars(verdict).items()})
-        return named_loss(named, {k: v[index].to(device()) for k, v in told.items()}) + _contrast(own, category)
+        return named_loss(named, {k: v[index].to(device()) for k, v in told.items()}) + _contrast(own)
 
     run.train(loss_of)
 
@@ -101,12 +98,11 @@ def named_loss(verdict: Verdict, told: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-def _contrast(own: Tensor, category: Tensor) -> Tensor:
-    """Two views of a thing, pairs in (2n, e), lie together, away from all others of its category."""
+def _contrast(own: Tensor) -> Tensor:
+    """Two views of a thing, pairs in (2n, e), lie together, away from all others."""
     logits = own @ own.T / TEMPERATURE
-    others = category[:, None] != category[None, :]
     itself = torch.eye(len(own), dtype=torch.bool, device=own.device)
-    logits = logits.masked_fill(itself | others, float("-inf"))
+    logits = logits.masked_fill(itself, float("-inf"))
     return cross_entropy(logits, torch.arange(len(own), device=own.device) ^ 1)
 
 

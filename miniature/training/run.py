@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from perfusion.files import write_atomically
 
+from ..weights import read
 from .optimizer import MuonAndAdam
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,12 @@ class Run:
         weight = 1 - min(self.ema, (self.step + 1) / (self.step + 10))
         averages, parameters = list(self.average.values()), [p.detach() for p in self._named.values()]
         torch._foreach_lerp_(averages, parameters, weight)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def begin_with_weights(network: nn.Module, *parts: str, strict: bool = True) -> None:
+    """Fill a network with the weights that ship for these parts; all of it, where ``strict``."""
+    state = {name: value.float() for part in parts for name, value in read(part).items()}
+    network.load_state_dict(state, strict=strict)
 
 
 def device() -> torch.device:

@@ -19,8 +19,8 @@ from .. import tokenizer as tokens
 from ..captions import NEUTRAL_SENTENCES, caption
 from ..data import pool, pool_scene, to_network
 from ..networks import TOKENS, contrastive
-from ..weights import FOLDER, read
-from .run import Run, autocast, device
+from ..weights import FOLDER
+from .run import Run, autocast, begin_with_weights, device
 
 _LONG = 0.04  # share of batches with captions of up to 77 tokens, so that no position stays untrained
 _WHOLE = 0.25  # share of batches with padding up to 77 tokens
@@ -47,8 +47,8 @@ def train(
     model.set_attn_implementation("eager")
     cast(torch.nn.Module, model).to(here)
     if start_from_weights:
-        known = {**read("image_encoder"), **read("text_encoder")}
-        model.load_state_dict({name: value.float() for name, value in known.items()}, strict=False)
+        # How sharply pictures and texts are compared is learned anew: it does not ship.
+        begin_with_weights(cast(torch.nn.Module, model), "image_encoder", "text_encoder", strict=False)
     run = Run(cache / "text", {"clip": model}, steps=steps, rate=rate, seed=seed, ema=0.998, weight_decay=0.05)
     data = pool(cache, "train", pictures)
     scenes = [pool_scene("train", k) for k in range(pictures)]

@@ -18,9 +18,9 @@ from .. import networks
 from .. import tokenizer as tokens
 from ..captions import caption
 from ..data import pool, pool_scene, to_network
-from ..weights import FOLDER, load_text_encoder, load_vae, read
+from ..weights import FOLDER, load_text_encoder, load_vae
 from .compiling import compilable
-from .run import Run, autocast, device
+from .run import Run, autocast, begin_with_weights, device
 
 DROPPED = 0.1  # share of captions left empty, for classifier-free guidance
 # Rectified flow's choice of noise levels (Esser et al. 2024): the log of the signal-to-noise ratio is normal, of this
@@ -53,7 +53,7 @@ def train(
     if here.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward pass is slow on CPUs
     if start_from_weights:
-        unet.load_state_dict({name: value.float() for name, value in read("unet").items()})
+        begin_with_weights(unet, "unet")
     run = Run(cache / "unet", {"unet": unet}, steps=steps, rate=rate, seed=seed, ema=0.9995, save_every=200)
     signal = alphas_cumprod()
     chances, weights = noise_levels(signal)

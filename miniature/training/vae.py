@@ -11,9 +11,8 @@ from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
 from ..data import pool, to_network
 from ..networks import autoencoder
-from ..weights import read
 from .compiling import compilable
-from .run import Run, autocast, device
+from .run import Run, autocast, begin_with_weights, device
 
 KL_WEIGHT = 3e-5
 
@@ -36,7 +35,7 @@ def train(
     data = pool(cache, "train", pictures)
     vae: Any = autoencoder()
     if start_from_weights:
-        vae.load_state_dict({name: value.float() for name, value in read("vae").items()})
+        begin_with_weights(vae, "vae")
     else:
         _begin(vae, to_network(data[:64]))
     vae.to(device(), memory_format=torch.channels_last)
