@@ -35,6 +35,7 @@ from perfusion.concept import Concept
 from perfusion.edit import FORMS, Gate, presence
 from perfusion.hosts.base import Word
 from perfusion.hosts.diffusers import DiffusersHost, draw
+from perfusion.scope import SCOPES, ScopedText
 from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import ESTIMATORS, TextStatistics, measure
 from perfusion.training.config import TrainingConfig
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="training steps for each of them")
     parser.add_argument("--form", choices=FORMS, default=TrainingConfig.form)
     parser.add_argument("--estimator", choices=ESTIMATORS, default=TrainingConfig.estimator)
+    parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
     parser.add_argument("--value-rate", type=float, default=TrainingConfig.value_rate)
     parser.add_argument("--embedding-rate", type=float, default=TrainingConfig.embedding_rate)
     parser.add_argument("--bias", type=float, default=Gate.bias)
@@ -92,6 +94,7 @@ def main() -> None:
             resolution=world.SIZE,
             form=options.form,
             estimator=options.estimator,
+            scope=options.scope,
             value_rate=options.value_rate,
             embedding_rate=options.embedding_rate,
         )
@@ -205,7 +208,8 @@ def gate_readings(
     """r on the concept's word, whether its gate opens there, and the share of other words on which it opens."""
     texts = [each.naming(concept.placeholder) for each in prompts]
     with torch.no_grad():
-        encoded = host.encode(texts, Word(concept.placeholder, concept.super_category, concept.embeddings))
+        word = Word(concept.placeholder, concept.super_category, concept.embeddings)
+        encoded = ScopedText(host, concept.scope)(texts, word)
     r = presence(encoded.context, concept.i_star.unsqueeze(0), concept.d_star.unsqueeze(0)).squeeze(-1)
     others = ~encoded.word & ~encoded.padding
     others[:, 0] = False  # the start token

@@ -18,6 +18,7 @@ from ..perfusion.hosts.comfyui.memory import require_memory
 from ..perfusion.hosts.comfyui.progress import TrainingView, progress_on
 from ..perfusion.hosts.comfyui.scoring import ClipSimilarity
 from ..perfusion.hosts.comfyui.training import ComfyHost
+from ..perfusion.scope import SCOPES
 from ..perfusion.stack import ConceptStack, ConceptUse
 from ..perfusion.statistics import ESTIMATORS, cached, captions_for
 from ..perfusion.training.checkpoint import own_file
@@ -235,6 +236,14 @@ class PerfusionTrainConcept(io.ComfyNode):
                     force_input=True,
                     tooltip="Captions of each photo, from Load Photos: one text for each, one caption a line. A photo "
                     "with an empty one is trained with the general captions.",
+                ),
+                io.Combo.Input(
+                    "scope",
+                    options=list(SCOPES),
+                    default=default.scope,
+                    optional=True,
+                    tooltip=tip("scope"),
+                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[

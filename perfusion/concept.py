@@ -34,17 +34,22 @@ from .family import Family
 from .files import write_atomically
 from .quantization import dequantize, quantize
 from .quantization import rounded as rounded_to_8_bits
+from .scope import SCOPES, Scope
 from .statistics import ESTIMATORS, Estimator
 
 Storage = Literal["half", "8bit"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
-# How target values are stored, and whether they are differences -> the format version that says so. Programs that know
-# the first alone refuse the others by it.
-FORMATS: dict[tuple[Storage, bool], str] = {
-    ("half", False): "1",
-    ("8bit", False): "2",
-    ("half", True): "3",
-    ("8bit", True): "4",
+# How target values are stored, whether they are differences, and how far the word is heard -> the format version that
+# says so. Programs that know the first alone refuse the others by it.
+FORMATS: dict[tuple[Storage, bool, Scope], str] = {
+    ("half", False, "prompt"): "1",
+    ("8bit", False, "prompt"): "2",
+    ("half", True, "prompt"): "3",
+    ("8bit", True, "prompt"): "4",
+    ("half", True, "word"): "5",
+    ("8bit", True, "word"): "6",
+    ("half", False, "word"): "7",
+    ("8bit", False, "word"): "8",
 }
 MAX_HEADER = 1 << 20
 MAX_FILE = 16 << 20
@@ -91,7 +96,7 @@ class Concept:
 
     ``embeddings``: encoder -> (n, width); ``i_star``, ``d_star``, ``e_super``: (d,); ``o_star_v``: layer -> (i,),
     what is added to W_V e_super where the concept is ``anchored``, else the values themselves. ``storage`` is how the
-    file keeps ``o_star_v``; all else is kept in half precision.
+    file keeps ``o_star_v``; all else is kept in half precision. ``scope`` is how far the word is heard in a prompt.
     Raises ConceptFileError when shapes do not fit the family or a number is not finite.
     """
 
@@ -110,12 +115,15 @@ class Concept:
     thumbnail: str = ""
     storage: Storage = "half"
     anchored: bool = False
+    scope: Scope = "prompt"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
         object.__setattr__(self, "super_category", _text(self.super_category))
         if self.form not in FORMS or self.estimator not in ESTIMATORS:
             raise ConceptFileError(f"it uses a form of the method ({self.form}, {self.estimator}) this version lacks")
+        if self.scope not in SCOPES:
+            raise ValueError(f"a scope is one of {', '.join(SCOPES)}, not {self.scope!r}")
         if self.storage not in STORAGES:
             raise ValueError(f"target values are stored in one of {', '.join(STORAGES)}, not {self.storage!r}")
         d = self.family.context_width
@@ -184,6 +192,7 @@ class Concept:
             ["context_width", family.context_width],
             ["encoders", [[name, width] for name, width in family.encoders.items()]],
             ["layers", [[name, width] for name, width in family.layers.items()]],
+            *([["scope", self.scope]] if self.scope != "prompt" else []),
         ]
         content = sha256(json.dumps(text, separators=(",", ":")).encode())
         for name, tensor in sorted(self.tensors.items()):
@@ -210,7 +219,7 @@ class Concept:
             **({"thumbnail": self.thumbnail} if self.thumbnail else {}),
         }
         own = {
-            "format": FORMATS[self.storage, self.anchored],
+            "format": FORMATS[self.storage, self.anchored, self.scope],
             "family": self.family.to_json(),
             "placeholder": self.placeholder,
             "super_category": self.super_category,
@@ -363,7 +372,7 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
             f"it has format version {str(version)[:20]}, this version reads 1 to {max(known)}. "
             "Update ComfyUI-Perfusion."
         )
-    storage, anchored = known[version]
+    storage, anchored, scope = known[version]
     try:
         family = Family.from_json(metadata["perfusion.family"])
         placeholder, super_category = metadata["perfusion.placeholder"], _text(metadata["perfusion.super_category"])
@@ -404,6 +413,7 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
         thumbnail=metadata["modelspec.thumbnail"] if _is_thumbnail(metadata.get("modelspec.thumbnail")) else "",
         storage=storage,
         anchored=anchored,
+        scope=scope,
     )
     if concept.digest != metadata.get("perfusion.digest"):
         raise ConceptFileError("its content is not what its digest says: it was damaged. Copy or download it again.")

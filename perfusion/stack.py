@@ -114,6 +114,31 @@ class ConceptStack:
         """Their words, in order."""
         return [use.concept.placeholder for use in self.uses]
 
+    @property
+    def locks_globally(self) -> bool:
+        """Whether the keys of any are locked globally."""
+        return any(use.lock == "global" for use in self.uses)
+
+    def replaced(self, owner: str, *, keys: bool = False) -> frozenset[str]:
+        """The words in whose place a token of the concept ``owner``, "" for nobody's, hears the super-category: all
+        that are to be heard by their own tokens alone and, for its ``keys``, all whose keys are locked globally.
+        """
+        return frozenset(
+            use.concept.placeholder
+            for use in self.uses
+            if (use.concept.scope == "word" and use.concept.placeholder != owner) or (keys and use.lock == "global")
+        )
+
+    @property
+    def tells_words(self) -> bool:
+        """Whether the network has to be told whose word each token is."""
+        return len(self) > 1 or any(use.region is not None for use in self.uses)
+
+    @property
+    def rescopes(self) -> bool:
+        """Whether any word is not heard by all tokens behind it."""
+        return any(use.concept.scope == "word" for use in self.uses)
+
     def changed(self, word: str, change: Callable[[ConceptUse], ConceptUse]) -> ConceptStack:
         """The same with another use of the concept of one word, or, where ``word`` is empty, of all of them.
 

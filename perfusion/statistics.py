@@ -233,10 +233,13 @@ class WordContexts(NamedTuple):
     behind: Tensor
 
 
-def word_contexts(host: TextHost, captions: Iterable[str], word: Word, *, last_only: bool = False) -> WordContexts:
+def word_contexts(
+    host: TextHost, captions: Iterable[str], word: Word, *, last_only: bool = False, own_only: bool = False
+) -> WordContexts:
     """A word in captions that contain it, without gradient.
 
     ``last_only`` takes a word's last token alone for its own, which in a causal encoder has seen the whole phrase.
+    ``own_only`` looks at no token behind the word: for words that these do not hear, whose ``behind`` is zero.
 
     Raises ValueError when no caption contains the word.
     """
@@ -244,10 +247,11 @@ def word_contexts(host: TextHost, captions: Iterable[str], word: Word, *, last_o
     found, behind = [], SecondMoment(host.family.context_width)
     for start in range(0, len(captions), _BATCH):
         with torch.no_grad():
-            encodings = host.encode(captions[start : start + _BATCH], word)
+            encodings = host.encode(captions[start : start + _BATCH], word, until_word=own_only)
         mask = encodings.word
-        weights = token_weights(encodings) * ((mask.cumsum(dim=1) > 0) & ~mask)
-        behind.update(encodings.context.flatten(0, 1), weights.flatten())
+        if not own_only:
+            weights = token_weights(encodings) * ((mask.cumsum(dim=1) > 0) & ~mask)
+            behind.update(encodings.context.flatten(0, 1), weights.flatten())
         if last_only:
             mask = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
         found.append(encodings.context[mask.to(encodings.context.device)].float().cpu())

@@ -84,10 +84,11 @@ class TextHost(Protocol):
         """Captions in words that the encoders know, where they know few; None where those of the corpus will do."""
         ...
 
-    def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
+    def encode(self, prompts: Sequence[str], word: Word | None = None, *, until_word: bool = False) -> Encodings:
         """Encode prompts, the first chunk of tokens of each; differentiable with respect to the word's embeddings.
 
-        ``word`` and ``padding`` of the result lie on the CPU.
+        ``word`` and ``padding`` of the result lie on the CPU. ``until_word`` leaves out the tokens behind the word's
+        last one in any of the prompts, and ``pooled``: what has not been asked for is not computed.
         """
         ...
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from ..edit import FORMS, Form
+from ..scope import SCOPES, Scope
 from ..statistics import ESTIMATORS, Estimator
 
 Rates = Literal["relative", "absolute"]
@@ -51,6 +52,11 @@ class TrainingConfig:
         "How the concept is found in a prompt. robust: learned from many "
         "varied captions, works anywhere in a prompt. paper: from short ones.",
     )
+    scope: Scope = _setting(
+        "word",
+        "How far the word is heard in a prompt. word: by itself alone; all other words are read as if the "
+        "super-category stood there, so that they keep their meaning. prompt: by all words behind it, as in the paper.",
+    )
     contexts: int = _setting(240, "In how many varied captions the word is looked at to find it in any prompt.")
     vectors: int = _setting(1, "How many token embeddings the word has.")
     flip: bool = _setting(True, "Mirror half of the photos. Switch it off for things with writing or a left and right.")
@@ -78,6 +84,7 @@ class TrainingConfig:
         check("vectors", 1 <= self.vectors <= 32, "1 to 32")
         check("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
         check("estimator", self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
+        check("scope", self.scope in SCOPES, f"one of {', '.join(SCOPES)}")
         check("rates", self.rates in RATES, f"one of {', '.join(RATES)}")
 
     @classmethod
@@ -87,6 +94,15 @@ class TrainingConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> TrainingConfig:
-        """The paper's own setup as far as it is known: its absolute rates, i* over short templates, 400 steps."""
-        setup = {"steps": 400, "rates": "absolute", "value_rate": 0.03, "embedding_rate": 0.006, "estimator": "paper"}
+        """The paper's own setup as far as it is known: its absolute rates, i* over short templates, 400 steps, the word
+        heard by all words behind it.
+        """
+        setup = {
+            "steps": 400,
+            "rates": "absolute",
+            "value_rate": 0.03,
+            "embedding_rate": 0.006,
+            "estimator": "paper",
+            "scope": "prompt",
+        }
         return cls(**{**setup, **changes})

@@ -22,6 +22,7 @@ from ..corpus import captions_naming, captions_renaming
 from ..edit import Gate
 from ..hosts.base import Encodings, Host, TextHost, Word
 from ..sampling import sample, unit_noise
+from ..scope import ScopedText
 from ..stack import ConceptStack, ConceptUse
 from .dataset import Photos
 from .trainer import Subject, Trainer
@@ -138,7 +139,7 @@ class Drawing:
                 prompts = self.prompts[start : start + self._batch]
                 noise = torch.stack([unit_noise(self._seed + start + k, shape) for k in range(len(prompts))])
                 unwanted = [_NEGATIVE] * len(prompts) if self._guidance != 1 else []
-                text = _placed(host.encode([*prompts, *unwanted], word), host.device)
+                text = _placed(ScopedText(host, concept.scope)([*prompts, *unwanted], word), host.device)
                 latents = sample(host, noise.to(host.device), text, edit, self._steps, self._guidance, self._between)
                 pictures.append(host.decode_latents(latents))
             return torch.cat(pictures)
@@ -303,7 +304,7 @@ def gate_openness(host: TextHost, concept: Concept, prompts: Sequence[str], gate
     """How open the gate is, 0 to 1, on the word in prompts, and on the other token of each that opens it most."""
     edit = _stack_of(concept, gate).edit()
     with torch.no_grad():
-        text = host.encode(prompts, _word_of(concept))
+        text = ScopedText(host, concept.scope)(prompts, _word_of(concept))
         opened = edit.directions_on(text.context.device).gates(text.context)[1]
     opened = rearrange(opened, "b m 1 -> b m").cpu()
     own = (opened * text.word).sum(1) / text.word.sum(1).clamp_min(1)

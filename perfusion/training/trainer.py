@@ -21,6 +21,7 @@ from ..concept import Concept, check_placeholder
 from ..corpus import captions_naming, captions_renaming, paper_templates
 from ..edit import Directions, Gate, KeyValueEdit
 from ..hosts.base import Encodings, Host, TextHost, Word
+from ..scope import ScopedText
 from ..statistics import Metric, TextStatistics, WordContexts, directions, word_contexts
 from .captions import PhotoCaptions, captions_by_photo, with_placeholder
 from .config import TrainingConfig
@@ -36,6 +37,7 @@ EMA = 0.99  # how slowly the paper's i* follows the embedding
 REFRESH = 25  # steps between looks at the word in varied captions, for the robust i*
 _FIXED_SAMPLES, _FIXED_DRAW = 8, 1
 _CAPTIONS_AT_ONCE = 32
+_CAPTIONS_KEPT = 256  # encoded once for the whole training; in SDXL one takes 0.6 MB
 _FEWEST_CONTEXTS = 8
 _FOLLOWED = ("i_star", "d_star", "e_super")
 _MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}  # of the gradient, as Adam calls them
@@ -117,6 +119,7 @@ class Trainer:
         self.gates: list[float] = []
         self.generator = torch.Generator().manual_seed(config.seed)
         self.captions = subject.captions_of(photos)
+        self._text = ScopedText(host, config.scope, kept=_CAPTIONS_KEPT)
         self._sigmas = host.noise_levels().cpu()
         self._start()
         self._optimizer = torch.optim.Adam(self._parameter_groups(), betas=(0.9, 0.999))
@@ -289,7 +292,7 @@ class Trainer:
         self.embeddings = {name: _resample(r, config.vectors).requires_grad_() for name, r in rows.items()}
         unchanged = all(torch.equal(rows[name], self.embeddings[name]) for name in rows)
         plain = Word(subject.placeholder, subject.super_category)
-        contexts = word_contexts(host, self._contexts(config.contexts), plain, last_only=True)
+        contexts = self._word_contexts(config.contexts, plain, last_only=True)
         self.e_super = contexts.own.mean(0)
         same = unchanged and config.vectors == 1
         self.i_star, self.d_star = self._directions(config.contexts, contexts if same else None)
@@ -356,15 +359,20 @@ class Trainer:
             e_super=self.e_super,
             o_star_v={layer: (o - self._anchors[layer]).squeeze(0) for layer, o in self.o_star_v.items()},
             anchored=True,
+            scope=self.config.scope,
             form=self.config.form,
             estimator=self.config.estimator,
             training={**self.summary(self.steps_done), **extra},
         )
 
+    def _word_contexts(self, count: int, word: Word, *, last_only: bool = False) -> WordContexts:
+        alone = self.config.scope == "word"
+        return word_contexts(self.host, self._contexts(count), word, last_only=last_only, own_only=alone)
+
     def _directions(self, contexts: int, known: WordContexts | None = None) -> tuple[Tensor, Tensor]:
         if self.config.estimator == "paper" and self.losses:
             return self.i_star, self.d_star
-        own, behind = known or word_contexts(self.host, self._contexts(contexts), self.word)
+        own, behind = known or self._word_contexts(contexts, self.word)
         return directions(own, self.statistics, self.config.estimator, behind)
 
     def _follow(self, mean: Tensor) -> None:
@@ -399,7 +407,7 @@ class Trainer:
     def _prompts(self, batch: _Batch, word: Word, at_once: int, *, kept: bool = True) -> EncodedPrompts:
         """The prompts of a batch, encoded; see ``EncodedPrompts``."""
         texts = {k: self.captions.prompts[k] for k in batch.prompt.unique().tolist()}
-        return EncodedPrompts(lambda some: self.host.encode(some, word), texts, at_once, kept=kept)
+        return EncodedPrompts(lambda some: self._text(some, word), texts, at_once, kept=kept)
 
     def _error(self, batch: _Batch, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
         """Mask-weighted error of the network's prediction with these encodings, mean over the batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -200,6 +200,66 @@ def test_shift_leads_to_the_twin(lab: Lab, vectors: int, super_category: str) ->
     )
 
 
+def with_scope(concept: Any, scope: str = "word") -> Any:
+    return dataclasses.replace(concept, scope=scope)
+
+
+@pytest.mark.parametrize("lock", ["local", "global"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_word_is_heard_by_its_own_tokens_alone(lab: Lab, lock: str, weighted: bool) -> None:
+    teddy, cat = with_scope(lab.concept(super_category="toy")), with_scope(lab.concept(CAT, "cat", seed=1))
+
+    def written(one: str, other: str) -> str:
+        return f"a ({one}:1.4) and a {other} on the (beach:0.7)" if weighted else f"a {one} and a {other} on the beach"
+
+    (context, extra), *_ = lab.encode(lab.applied(teddy, cat, lock=lock)[1], written(TEDDY, CAT))
+    (plain, plain_extra), *_ = lab.encode(lab.clip, written("toy", "cat"))
+    first = lab.encode(lab.applied(with_scope(teddy, "prompt"))[1], written(TEDDY, "cat"))[0][0]
+    second = lab.encode(lab.applied(with_scope(cat, "prompt"))[1], written("toy", CAT))[0][0]
+    others = [m for m in range(77) if m not in (2, 5)]
+    assert torch.allclose(context[:, others], plain[:, others], atol=1e-5)
+    assert torch.allclose(context[:, 2], first[:, 2], atol=1e-5) and torch.allclose(
+        context[:, 5], second[:, 5], atol=1e-5
+    )
+    assert not torch.allclose(first[:, 3:20], plain[:, 3:20], atol=1e-2), "heard by all behind it, as in the paper"
+    assert torch.allclose(extra["pooled_output"], plain_extra["pooled_output"], atol=1e-5)
+    if lock == "global":
+        shift = extra["model_conds"]["perfusion_key_shift"].cond
+        assert torch.allclose(context + shift, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("lock", ["local", "global"])
+def test_scoped_words_beyond_the_first_chunk(lab: Lab, lock: str) -> None:
+    long = "an old house by the sea and a boat, " * 9
+    clip = lab.applied(with_scope(lab.concept(super_category="toy")), lock=lock)[1]
+    context = lab.encode(clip, f"a {TEDDY} {long} {TEDDY}")[0][0]
+    plain = lab.encode(lab.clip, f"a toy {long} toy")[0][0]
+    changed = ((context - plain).abs().amax(-1) > 1e-4).nonzero()[:, 1].tolist()
+    assert context.shape[1] == 154
+    assert len(changed) == 2 and changed[0] == 2 and changed[1] > 77
+
+
+@pytest.mark.parametrize("lock", ["local", "global"])
+def test_texts_without_scoped_words_encode_as_ever(lab: Lab, lock: str) -> None:
+    clip = lab.applied(with_scope(lab.concept()), with_scope(lab.concept(CAT, "cat", seed=1)), lock=lock)[1]
+    (ours, extra), *_ = lab.encode(clip, "a photo of a teddy bear")
+    (stock, stock_extra), *_ = lab.encode(lab.clip, "a photo of a teddy bear")
+    assert torch.equal(ours, stock) and torch.equal(extra["pooled_output"], stock_extra["pooled_output"])
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_encoding_until_the_word_gives_the_same_tokens(lab: Lab, skipped: bool) -> None:
+    text, word = lab.host.module("perfusion.hosts.comfyui.text"), lab.host.module("perfusion.hosts.base").Word
+    clip = lab.host.nodes["CLIPSetLastLayer"]().set_last_layer(lab.clip, -2)[0] if skipped else lab.clip
+    own = word(TEDDY, "teddy bear", lab.concept(vectors=2).embeddings)
+    prompts = [f"a photo of a {TEDDY} on the beach", f"a {TEDDY}"]
+    with torch.inference_mode():
+        full, short = text.encode(clip, prompts, own), text.encode(clip, prompts, own, until_word=True)
+    assert short.context.shape[1] == short.word.shape[1] == short.padding.shape[1] == 7
+    assert torch.allclose(short.context, full.context[:, :7], atol=1e-5)
+    assert torch.equal(short.word, full.word[:, :7])
+
+
 def test_warning_for_prompts_without_the_word(lab: Lab, teddy: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model, clip = lab.applied(teddy)
@@ -285,11 +345,10 @@ def test_two_encoders_share_one_twin(lab: Lab, sdxl: Any) -> None:
     rows = {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 48)}
     stand_ins = {name: [text.marked(row.clone(), TEDDY, 0) for row in rows[name]] for name in rows}
     tokens = text.taught(sdxl, {TEDDY: stand_ins}).tokenize_with_weights(f"a {TEDDY} sits")
-    replacements = {key: {TEDDY: text.ids_of(sdxl, f"clip_{key}", "teddy bear")} for key in ("l", "g")}
+    super_categories = {key: {TEDDY: text.ids_of(sdxl, f"clip_{key}", "teddy bear")} for key in ("l", "g")}
+    twins, index = text._twins(tokens, super_categories, frozenset({TEDDY}))
     with torch.inference_mode():
-        encode = functools.partial(sdxl.encode_from_tokens, return_pooled=False)
-        context = encode(tokens)
-        there = context + text._shift(context, tokens, replacements, encode)
-        stock = encode(sdxl.tokenize("a teddy bear sits"))
+        there = sdxl.encode_from_tokens(twins)[:, index]
+        stock = sdxl.encode_from_tokens(sdxl.tokenize("a teddy bear sits"))
     assert torch.allclose(there[:, :2], stock[:, :2], atol=1e-5)
     assert torch.allclose(there[:, 2:20], stock[:, 3:21], atol=1e-5)

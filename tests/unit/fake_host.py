@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from perfusion.edit import KeyValueEdit
 from perfusion.family import Family
 from perfusion.hosts.base import Encodings, Word
+from perfusion.scope import until_last
 from perfusion.training.attention import WordAttention, collect
 
 LENGTH = 48
@@ -47,9 +48,9 @@ class FakeTextEncoder:
         self.offset = 0.5 * normal(width)
 
     def encode(self, embedded: Tensor) -> Tensor:
-        x = layer_norm(embedded, embedded.shape[-1:]) + self.positions
+        x = layer_norm(embedded, embedded.shape[-1:]) + self.positions[: embedded.shape[1]]
         q, k, v = (x @ m for m in self.mixing)
-        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        mask = torch.ones(len(x[0]), len(x[0]), dtype=torch.bool).tril()
         attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return layer_norm(x + 0.5 * attended, x.shape[-1:]) * self.gain + self.offset
 
@@ -93,7 +94,7 @@ class FakeHost:
 
     # --- text
 
-    def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
+    def encode(self, prompts: Sequence[str], word: Word | None = None, *, until_word: bool = False) -> Encodings:
         ids = torch.full((len(prompts), LENGTH), END)
         words = torch.zeros(len(prompts), LENGTH, dtype=torch.bool)
         rows = torch.zeros(len(prompts), LENGTH, dtype=torch.long)
@@ -113,6 +114,9 @@ class FakeHost:
             words[b, : len(tokens)] = row >= 0
             rows[b, : len(tokens)] = row.clamp_min(0)
             padding[b, len(tokens) + 1 :] = True
+        if until_word:
+            length = until_last(words)
+            ids, words, rows, padding = (tensor[:, :length] for tensor in (ids, words, rows, padding))
         sides = []
         for name, encoder in self.encoders.items():
             embedded = encoder.table[ids]

@@ -272,9 +272,9 @@ def test_captions_and_masks_beside_the_photos_are_used(
     seen: list[str] = []
 
     class Listening(FakeHost):
-        def encode(self, prompts: Sequence[str], word: Any = None) -> Any:
+        def encode(self, prompts: Sequence[str], word: Any = None, **keywords: Any) -> Any:
             seen.extend(prompts)
-            return super().encode(prompts, word)
+            return super().encode(prompts, word, **keywords)
 
     hosted_by(Listening(), monkeypatch)
     code, _, err = call(*training(tmp_path))

@@ -145,10 +145,11 @@ def test_digest_is_of_all_that_changes_pictures_and_nothing_else() -> None:
         a_concept(placeholder="<other>"),
         a_concept(super_category="cat"),
         a_concept(form="preserving"),
+        a_concept(scope="word"),
         replace(concept, e_super=concept.i_star),
         replace(concept, family=replace(SMALL, name="other")),
     ]
-    assert len({concept.digest, *(other.digest for other in others)}) == 7
+    assert len({concept.digest, *(other.digest for other in others)}) == 8
     for same_pictures in (
         a_concept(created="2001"),
         a_concept(training={}),
@@ -173,7 +174,7 @@ def test_metadata_tells_other_programs(tmp_path: Path) -> None:
     assert metadata["modelspec.resolution"] == "512x512"
     assert metadata["modelspec.trigger_phrase"] == "<my-teddy>"
     assert metadata["modelspec.thumbnail"] == "data:image/jpeg;base64,AA"
-    assert metadata["perfusion.format"] == FORMATS["half", False] == "1"
+    assert metadata["perfusion.format"] == FORMATS["half", False, "prompt"] == "1"
     assert "modelspec.resolution" not in a_concept(training={}).metadata
     assert "modelspec.thumbnail" not in a_concept().metadata
 
@@ -234,6 +235,22 @@ def test_values_that_follow_the_model_have_a_name_and_versions_of_their_own(tmp_
     assert found.anchored and same(found, concept) and found.digest == concept.digest
     assert found.digest != a_concept(storage=storage).digest, "other pictures, other digest"
     assert len(path.read_bytes()) <= len(a_concept(storage=storage).save(tmp_path / "old.safetensors").read_bytes()) + 8
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("storage", ["half", "8bit"])
+def test_words_of_another_scope_have_versions_that_older_programs_refuse(
+    tmp_path: Path, storage: str, anchored: bool
+) -> None:
+    concept = a_concept(storage=storage, anchored=anchored, scope="word")
+    assert concept.metadata["perfusion.format"] not in {"1", "2", "3", "4"}
+    found = load(concept.save(tmp_path / "it.safetensors"))
+    assert found.scope == "word" and found.storage == storage and found.anchored == anchored
+    assert same(found, concept) and found.digest == concept.digest
+    as_before = a_concept(storage=storage, anchored=anchored)
+    assert load(as_before.save(tmp_path / "before.safetensors")).scope == "prompt"
+    with pytest.raises(ValueError, match="word, prompt"):
+        a_concept(scope="sentence")
 
 
 def test_storage_is_the_familys_unless_said_otherwise(tmp_path: Path) -> None:
@@ -545,7 +562,7 @@ def changed(path: Path, edit: Callable[[dict[str, Any], dict[str, str]], Any]) -
         pytest.param(lambda t, m: m.update({"perfusion.form": "preserving"}), "digest", id="other form"),
         pytest.param(lambda t, m: m.update({"perfusion.form": "baroque"}), "baroque", id="unknown form"),
         pytest.param(lambda t, m: m.update({"perfusion.estimator": ""}), "this version lacks", id="no estimator"),
-        pytest.param(lambda t, m: m.update({"perfusion.format": "5"}), "Update ComfyUI-Perfusion", id="newer"),
+        pytest.param(lambda t, m: m.update({"perfusion.format": "9"}), "Update ComfyUI-Perfusion", id="newer"),
         pytest.param(lambda t, m: m.update({"perfusion.format": "9" * 500}), "Update", id="much newer"),
         pytest.param(lambda t, m: m.pop("perfusion.format"), "no Perfusion concept", id="no format"),
         pytest.param(lambda t, m: m.pop("perfusion.placeholder"), "metadata is damaged", id="no placeholder"),

@@ -6,16 +6,21 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from comfy.clip_model import CLIPEncoder
 from comfy.conds import CONDCrossAttn
 from comfy.patcher_extension import PatcherInjection
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...hosts.base import Encodings, Word
 from ...locking import twin
+from ...scope import heard, until_last
 from ...stack import ConceptStack, word_number
+from ..replacing import replaced_forwards
 from .structure import encoder_widths
 
 KEY = "perfusion"
@@ -126,7 +131,9 @@ def first_chunk(tokenizer: Any, prompt: str) -> dict[str, list[Any]]:
     return {key: [entry[0] for entry in chunks[0]] for key, chunks in tokens.items()}
 
 
-def encode(clip: Any, prompts: Sequence[str], word: Word | None = None, *, pooled: bool = False) -> Encodings:
+def encode(
+    clip: Any, prompts: Sequence[str], word: Word | None = None, *, pooled: bool = False, until_word: bool = False
+) -> Encodings:
     """Encode the first chunk of each prompt, in one call of the encoders; see ``TextHost.encode``."""
     widths = encoder_widths(clip)
     tokenizer = clip.tokenizer
@@ -147,10 +154,27 @@ def encode(clip: Any, prompts: Sequence[str], word: Word | None = None, *, poole
     padding = torch.tensor([_behind_end(chunk[one], end) for chunk in chunks])
     weighted = {key: [[(token, 1.0) for token in chunk[key]] for chunk in chunks] for key in keys}
     # The encoders take the chunks of one long prompt as a batch, and lay the encodings one after the other.
-    with _pools_kept(clip) if pooled else nullcontext([]) as pools:
+    length = until_last(stands) if until_word else stands.shape[1]
+    with _shortened(clip, length), _pools_kept(clip) if pooled else nullcontext([]) as pools:
         context = clip.encode_from_tokens(weighted)
-    context = context.view(len(chunks), -1, context.shape[-1])
-    return Encodings(context, stands, padding, torch.cat(pools).to(context.device) if pooled else None)
+    context = context.view(len(chunks), -1, context.shape[-1])[:, :length]
+    pool = torch.cat(pools).to(context.device) if pooled else None
+    return Encodings(context, stands[:, :length], padding[:, :length], pool)
+
+
+def _shortened(clip: Any, length: int) -> Any:
+    """Within the block the encoders compute the first tokens alone, which do not depend on those behind them, and give
+    zeros for all others: the host's embeddings are of one length.
+    """
+
+    def first(forward: Callable[..., Any], x: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        behind = (0, 0, 0, max(0, x.shape[1] - length))
+        mask = None if mask is None else mask[..., :length, :length]
+        states = forward(x[:, :length], mask, *args, **kwargs)
+        return tuple(None if state is None else pad(state, behind) for state in states)
+
+    encoders = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPEncoder)]
+    return replaced_forwards({encoder: partial(first, encoder.forward) for encoder in encoders})
 
 
 @contextmanager
@@ -224,28 +248,24 @@ def apply_to_clip(clip: Any, stack: ConceptStack) -> Any:
         },
     )
     clone.patcher.set_attachments(KEY, Words(together))
-    super_categories = _super_category_tokens(clip, together)
-    tells_words = len(together) > 1 or any(use.region is not None for use in together.uses)
-    if any(super_categories.values()) or tells_words:
-        clone.patcher.set_injections(KEY, [_telling_injection(super_categories, tells_words)])
+    if together.rescopes or together.locks_globally or together.tells_words:
+        clone.patcher.set_injections(KEY, [_hearing_injection(_super_category_tokens(clip, together))])
     return clone
 
 
 def _super_category_tokens(clip: Any, stack: ConceptStack) -> dict[str, dict[str, list[int]]]:
-    """Encoder key -> placeholder -> token ids of the super-category, for concepts with globally locked keys."""
+    """Encoder key -> placeholder -> token ids of the super-category."""
     return {
         encoder.removeprefix("clip_"): {
-            use.concept.placeholder: ids_of(clip, encoder, use.concept.super_category)
-            for use in stack.uses
-            if use.lock == "global"
+            concept.placeholder: ids_of(clip, encoder, concept.super_category) for concept in stack.concepts
         }
         for encoder in encoder_widths(clip)
     }
 
 
-def _telling_injection(super_categories: Mapping[str, Mapping[str, list[int]]], tells_words: bool) -> PatcherInjection:
-    """Makes the text encoder deliver, with each conditioning, the shift to its twin with super-categories in place,
-    and, where it ``tells_words``, whose word each token is.
+def _hearing_injection(super_categories: Mapping[str, Mapping[str, list[int]]]) -> PatcherInjection:
+    """Makes the text encoder deliver prompts in which each word is heard as far as its scope says and, with each
+    conditioning, the shift that globally locked keys read and whose word each token is, where these are asked for.
     """
 
     def inject(patcher: Any) -> None:
@@ -256,15 +276,10 @@ def _telling_injection(super_categories: Mapping[str, Mapping[str, list[int]]], 
         previous = words.previous = model.encode_token_weights
 
         def encode_token_weights(tokens: dict[str, Any]) -> tuple[Any, ...]:
-            out = previous(tokens)
             if words.previous is None:  # ejected, while another extension's wrapper still calls this one
-                return out
-            told: dict[str, Tensor | None] = {}
-            if any(super_categories.values()):
-                told[KEY_SHIFT] = _shift(out[0], tokens, super_categories, lambda twins: previous(twins)[0])
-            if tells_words:
-                told[KEY_WORDS] = _words(out[0], tokens)
-            companions = {key: Companion(value, out[0]) for key, value in told.items() if value is not None}
+                return previous(tokens)
+            out, told = _heard(tokens, words.stack, super_categories, previous)
+            companions = {key: Companion(value, out[0]) for key, value in told.items()}
             if not companions:
                 return out
             extra = dict(out[2]) if len(out) > 2 else {}
@@ -290,49 +305,65 @@ def _telling_injection(super_categories: Mapping[str, Mapping[str, list[int]]], 
     return PatcherInjection(inject=inject, eject=eject)
 
 
-def _shift(
-    context: Tensor,
+def _heard(
+    tokens: dict[str, list[list[Any]]],
+    stack: ConceptStack,
+    super_categories: Mapping[str, Mapping[str, list[int]]],
+    encode_: Callable[[dict[str, Any]], tuple[Any, ...]],
+) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    """What the text encoder gives for a prompt in which each word is heard as far as its scope says, and what is told
+    of its tokens: the shift (1, chunks * m, d) that globally locked keys read, whose word each is (1, chunks * m, 1).
+
+    Where tokens and encodings do not correspond one to one, nothing is told, and words are heard by all behind them.
+    """
+    learned = encode_(tokens)
+    (chunks, *_) = tokens.values()
+    owners = [getattr(entry[0], "perfusion_word", ("", 0))[0] for chunk in chunks for entry in chunk]
+    if len(owners) != learned[0].shape[1]:
+        return learned, {}
+    known: dict[frozenset[str], tuple[tuple[Any, ...], Tensor]] = {}
+
+    def encoded(replaced: frozenset[str]) -> tuple[Any, ...]:
+        if replaced not in known:
+            twins, index = _twins(tokens, super_categories, replaced)
+            known[replaced] = encode_(twins), torch.tensor([index])
+        return known[replaced]
+
+    def encodings(replaced: frozenset[str]) -> tuple[Tensor, Tensor]:
+        out, index = encoded(replaced)
+        return out[0], index
+
+    context = heard(learned[0], [owners], stack.replaced, encodings)
+    told: dict[str, Tensor] = {}
+    if stack.locks_globally:
+        told[KEY_SHIFT] = heard(learned[0], [owners], partial(stack.replaced, keys=True), encodings) - context
+    if stack.tells_words:
+        numbers = [word_number(owner) if owner else 0 for owner in owners]
+        told[KEY_WORDS] = torch.tensor(numbers).view(1, -1, 1)
+    if context is learned[0]:
+        return learned, told
+    # What belongs to no token, as the pooled output does, is that of other words.
+    replaced = stack.replaced("") & set(owners)
+    rest = (encoded(replaced)[0] if replaced else learned)[1:]
+    return (context, *rest), told
+
+
+def _twins(
     tokens: dict[str, list[list[Any]]],
     super_categories: Mapping[str, Mapping[str, list[int]]],
-    encode_twins: Callable[[dict[str, Any]], Tensor],
-) -> Tensor | None:
-    """The encoding with super-categories in place minus the encoding: (1, chunks * m, d), zero without such words.
-
-    None where tokens and encodings do not correspond one to one.
-    """
+    replaced: frozenset[str],
+) -> tuple[dict[str, list[list[Any]]], list[int]]:
+    """A prompt with super-categories in place of some words, and where its own tokens stand there: see ``twin``."""
     twins: dict[str, list[list[Any]]] = {}
     index: list[int] = []
-    found = False
     for key, chunks in tokens.items():
-        replacements = super_categories.get(key, {})
+        replacements = {word: ids for word, ids in super_categories.get(key, {}).items() if word in replaced}
         twins[key], index = [], []
         for number, chunk in enumerate(chunks):
-            word = [_replacement(entry, replacements) for entry in chunk]
-            found = found or any(entry is not None for entry in word)
-            new, places = twin(chunk, word, len(chunk))
+            new, places = twin(chunk, [_replacement(entry, replacements) for entry in chunk], len(chunk))
             twins[key].append(new)
             index += [-1 if place < 0 else number * len(chunk) + place for place in places]
-    if len(index) != context.shape[1]:
-        return None
-    if not found:
-        return torch.zeros_like(context)
-    other = encode_twins(twins)
-    places = torch.tensor(index, device=other.device)
-    gathered = other[:, places.clamp_min(0)]
-    kept = (places >= 0).view(1, -1, 1).to(context.device)
-    return torch.where(kept, gathered.to(context) - context, torch.zeros_like(context))
-
-
-def _words(context: Tensor, tokens: dict[str, list[list[Any]]]) -> Tensor | None:
-    """Whose word each token is, by its number, 0 for nobody's: (1, chunks * m, 1).
-
-    None where tokens and encodings do not correspond one to one.
-    """
-    (chunks, *_) = tokens.values()
-    owners = [getattr(entry[0], "perfusion_word", None) for chunk in chunks for entry in chunk]
-    if len(owners) != context.shape[1]:
-        return None
-    return torch.tensor([0 if owner is None else word_number(owner[0]) for owner in owners]).view(1, -1, 1)
+    return twins, index
 
 
 def _replacement(entry: tuple[Any, ...], replacements: Mapping[str, list[int]]) -> list[tuple[Any, ...]] | None:

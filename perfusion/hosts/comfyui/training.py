@@ -110,9 +110,10 @@ class ComfyHost:
         """See ``TextHost.captions``."""
         return text_side.captions_of(self._clip)
 
-    def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
+    def encode(self, prompts: Sequence[str], word: Word | None = None, *, until_word: bool = False) -> Encodings:
         """See ``TextHost.encode``."""
-        return text_side.encode(self._clip, prompts, word, pooled=self.wants_pooled)
+        pooled = self.wants_pooled and not until_word
+        return text_side.encode(self._clip, prompts, word, pooled=pooled, until_word=until_word)
 
     def token_embeddings(self, text: str) -> dict[str, Tensor]:
         """See ``TextHost.token_embeddings``."""

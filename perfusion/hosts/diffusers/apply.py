@@ -63,8 +63,8 @@ class _Applied:
     def __init__(self, pipeline: Any, stack: ConceptStack):
         self.stack = stack
         self.edit = stack.edit()
-        self.shifts_keys = "global" in self.edit.key_lock.locks
-        self.tells = self.shifts_keys or len(stack) > 1
+        self.shifts_keys = stack.locks_globally
+        self.tells = self.shifts_keys or stack.tells_words
         self._pipeline = pipeline
         self._text = ClipText(pipeline.text_encoder, pipeline.tokenizer)
         self._original: Callable[..., Any] = pipeline.encode_prompt

@@ -84,9 +84,9 @@ class DiffusersHost:
             self._fingerprint = sha256(digits.contiguous().numpy().tobytes()).hexdigest()
         return self._fingerprint
 
-    def encode(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
+    def encode(self, prompts: Sequence[str], word: Word | None = None, *, until_word: bool = False) -> Encodings:
         """See ``TextHost.encode``."""
-        return self.text.encode_word(prompts, word)
+        return self.text.encode_word(prompts, word, until_word=until_word)
 
     def token_embeddings(self, text: str) -> dict[str, Tensor]:
         """See ``TextHost.token_embeddings``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from ...locking import twin
+from ...scope import heard, until_last
 from ...stack import ConceptStack, word_number
 from ..base import Encodings, Word
 from ..replacing import replaced
@@ -102,7 +104,7 @@ class ClipText:
             states = self._encoder(ids, output_hidden_states=True).hidden_states
         return getattr(self._encoder, "text_model", self._encoder).final_layer_norm(states[-(clip_skip + 1)])
 
-    def encode_word(self, prompts: Sequence[str], word: Word | None = None) -> Encodings:
+    def encode_word(self, prompts: Sequence[str], word: Word | None = None, *, until_word: bool = False) -> Encodings:
         """See ``TextHost.encode``."""
         words: dict[str, list[Token]] = {}
         rows = None
@@ -112,16 +114,20 @@ class ClipText:
         elif word is not None:
             words[word.placeholder] = [Token(id_, word.placeholder, k) for k, id_ in enumerate(self.ids(word.text))]
         tokens = [self.tokens(prompt, words) for prompt in prompts]
+        padding = [self.padding(prompt) for prompt in tokens]
+        own = torch.tensor([[bool(token.word) for token in prompt] for prompt in tokens])
+        length = until_last(own) if until_word else self.length
         return Encodings(
-            self.encode(tokens, rows).float(),
-            torch.tensor([[bool(token.word) for token in prompt] for prompt in tokens]),
-            torch.tensor([self.padding(prompt) for prompt in tokens]),
+            self.encode([prompt[:length] for prompt in tokens], rows).float(),
+            own[:, :length],
+            torch.tensor(padding)[:, :length],
         )
 
     def encode_stack(
         self, prompts: Sequence[str], stack: ConceptStack, clip_skip: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Prompts with the words of these concepts: ``context`` (b, m, d), and the shift of global key locking.
+        """Prompts with the words of these concepts, each heard as its scope says: ``context`` (b, m, d), and the shift
+        of global key locking.
 
         The shift (b, m, d) is the encoding with super-categories in place minus the encoding: zero for prompts without
         such words, None where no concept's keys are locked globally.
@@ -129,27 +135,19 @@ class ClipText:
         tokens = self._stack_tokens(prompts, stack)
         rows = [concept.embeddings[self.name] for concept in stack.concepts]
         stacked = torch.cat(rows) if rows else None
-        context = self.encode(tokens, stacked, clip_skip)
-        locked = {
-            use.concept.placeholder: [Token(id_) for id_ in self.ids(use.concept.super_category)]
-            for use in stack.uses
-            if use.lock == "global"
-        }
-        if not locked:
+        super_categories = {c.placeholder: [Token(id_) for id_ in self.ids(c.super_category)] for c in stack.concepts}
+        owners = [[token.word for token in prompt] for prompt in tokens]
+
+        def encoded(replaced_words: frozenset[str]) -> tuple[Tensor, Tensor | None]:
+            replacements = {word: super_categories[word] for word in replaced_words}
+            twins, index = zip(*(_twin(prompt, replacements, self.length) for prompt in tokens), strict=True)
+            return self.encode(twins, stacked, clip_skip), torch.tensor(index)
+
+        plain = self.encode(tokens, stacked, clip_skip)
+        context = heard(plain, owners, stack.replaced, encoded)
+        if not stack.locks_globally:
             return context, None
-        twins, index, found = [], [], False
-        for prompt in tokens:
-            replacements = [_replacement(token, locked) for token in prompt]
-            found = found or any(replacement is not None for replacement in replacements)
-            new, places = twin(prompt, replacements, self.length)
-            twins.append(new)
-            index.append(places)
-        if not found:
-            return context, torch.zeros_like(context)
-        other = self.encode(twins, stacked, clip_skip)
-        places = torch.tensor(index, device=other.device).unsqueeze(-1)
-        gathered = other.gather(1, places.clamp_min(0).expand_as(other))
-        return context, torch.where(places >= 0, gathered - context, torch.zeros_like(context))
+        return context, heard(plain, owners, partial(stack.replaced, keys=True), encoded) - context
 
     def words(self, prompts: Sequence[str], stack: ConceptStack) -> Tensor:
         """Whose word each token of prompts is, by its number, 0 for nobody's: (b, m); see ``KeyValueEdit``."""
@@ -208,8 +206,14 @@ def _split(prompt: str, words: Mapping[str, Any]) -> list[str]:
     return re.split(f"({'|'.join(map(re.escape, longest_first))})", prompt, flags=re.IGNORECASE)
 
 
-def _replacement(token: Token, super_categories: Mapping[str, list[Token]]) -> list[Token] | None:
-    """What stands in the twin for a token: None for itself."""
-    if token.word not in super_categories:
-        return None
-    return [] if token.place else super_categories[token.word]
+def _twin(
+    prompt: Sequence[Token], replacements: Mapping[str, list[Token]], limit: int
+) -> tuple[list[Token], list[int]]:
+    """A prompt with other tokens for some words, and where its own stand there: see ``twin``."""
+
+    def replacement(token: Token) -> list[Token] | None:
+        if token.word not in replacements:
+            return None
+        return [] if token.place else replacements[token.word]
+
+    return twin(prompt, [replacement(token) for token in prompt], limit)
