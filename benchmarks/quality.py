@@ -1,6 +1,6 @@
 """How good the miniature is, and concepts learned on it, by measures that are themselves measured first.
 
-    python -m benchmarks.quality [--json] [--captions 500] [--concepts 8] [--prompts 16] [--steps 150] [--sheet FILE]
+    python -m benchmarks.quality [--json] [--captions 500] [--concepts 8] [--prompts 16] [--steps 250] [--sheet FILE]
 
 "judge": accuracy of the judge on held-out renders, and how often a personal thing is found among 49 look-alikes.
 "base": share of pictures drawn from held-out captions that show what was asked. "concept": personal things learned
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=500, help="captions for the base model; 0 leaves it out")
     parser.add_argument("--concepts", type=int, default=8, help="personal things to learn; 0 leaves them out")
     parser.add_argument("--prompts", type=int, default=16, help="prompts for each of them")
-    parser.add_argument("--steps", type=int, default=150, help="training steps for each of them")
+    parser.add_argument("--steps", type=int, default=250, help="training steps for each of them")
     parser.add_argument("--form", choices=FORMS, default=TrainingConfig.form)
     parser.add_argument("--estimator", choices=ESTIMATORS, default=TrainingConfig.estimator)
     parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
@@ -205,19 +205,21 @@ def prompts_for(category: str, count: int, rng: Random) -> list[Prompt]:
 def gate_readings(
     host: DiffusersHost, concept: Concept, prompts: Sequence[Prompt], bias: float
 ) -> dict[str, list[float]]:
-    """r on the concept's word, whether its gate opens there, and the share of other words on which it opens."""
+    """r on the concept's word, whether its gate opens there by half, and the share of other words on which it does."""
     texts = [each.naming(concept.placeholder) for each in prompts]
     with torch.no_grad():
         word = Word(concept.placeholder, concept.super_category, concept.embeddings)
         encoded = ScopedText(host, concept.scope)(texts, word)
     r = presence(encoded.context, concept.i_star.unsqueeze(0), concept.d_star.unsqueeze(0)).squeeze(-1)
+    edit = ConceptStack((ConceptUse(concept, Gate(bias=bias)),)).edit()
+    edit.tell_own(encoded.word)
+    gates = edit.gates(encoded.context).squeeze(-1)
     others = ~encoded.word & ~encoded.padding
     others[:, 0] = False  # the start token
-    own = [float(r[k][encoded.word[k]].max()) for k in range(len(texts))]
     return {
-        "r": own,
-        "opens": [float(value > bias) for value in own],
-        "false_opens": [float((r[k][others[k]] > bias).float().mean()) for k in range(len(texts))],
+        "r": [float(r[k][encoded.word[k]].max()) for k in range(len(texts))],
+        "opens": [float(gates[k][encoded.word[k]].max() > 0.5) for k in range(len(texts))],
+        "false_opens": [float((gates[k][others[k]] > 0.5).float().mean()) for k in range(len(texts))],
         "largest_other_r": [float(r[k][others[k]].max()) for k in range(len(texts))],
     }
 

@@ -310,7 +310,8 @@ class KeyValueEdit:
     values follow the weights in use. ``project`` is what a host calls in place of a layer's ``to_k`` or ``to_v``.
 
     A host that knows whose word each token of a context is sets ``words`` (b, m) around the call: the number, of
-    ``numbers``, of the concept whose word it is, 0 for others.
+    ``numbers``, of the concept whose word it is, 0 for others. Of concepts that are ``confined`` (j,), the edit is then
+    at their own words alone, whatever r is elsewhere: W e_m of all other tokens stays as it is.
     """
 
     def __init__(
@@ -321,7 +322,9 @@ class KeyValueEdit:
         locks: Iterable[Lock] | None = None,
         numbers: Sequence[int] | None = None,
         anchored: Sequence[bool] | None = None,
+        confined: Sequence[bool] | None = None,
     ):
+        self._confined = torch.tensor(confined) if confined and any(confined) else None
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
         self.words: Tensor | None = None
         self.numbers = None if numbers is None else torch.tensor(numbers)
@@ -376,7 +379,13 @@ class KeyValueEdit:
 
     def gates(self, context: Tensor) -> Tensor:
         """g of each token, before strength, by the words that are set: (b, m, d) -> (b, m, j), float32."""
-        return self.directions_on(context.device).gates(context, self._owners(context))[1]
+        owners = self._owners(context)
+        return self._kept_in(self.directions_on(context.device).gates(context, owners)[1], owners)
+
+    def tell_own(self, word: Tensor) -> None:
+        """Set where the word of the first concept is, (b, m) bool, as what the next contexts are made of."""
+        if self.numbers is not None:
+            self.words = word.long() * self.numbers[0]
 
     def belonging(self, context: Tensor) -> Tensor:
         """How far each token is a concept's word: exactly, where words are set. (b, m, d) -> (b, m, j), float32."""
@@ -389,8 +398,16 @@ class KeyValueEdit:
             return None
         return self.words.to(context.device).unsqueeze(-1) == self.numbers.to(context.device)
 
+    def _kept_in(self, coefficients: Tensor, owners: Tensor | None) -> Tensor:
+        """Coefficients (b, m, j), 0 where those of a confined concept would be at tokens that are not of its word."""
+        if self._confined is None or owners is None:
+            return coefficients
+        return coefficients * (owners | ~self._confined.to(owners.device))
+
     def _compute(self, context: Tensor) -> dict[str, Tensor]:
-        subtracted, opened = self.directions_on(context.device).coefficients(context, self._owners(context))
+        owners = self._owners(context)
+        both = self.directions_on(context.device).coefficients(context, owners)
+        subtracted, opened = (self._kept_in(part, owners) for part in both)
         value = {"v": torch.cat([subtracted, opened], dim=-1).to(context.dtype)}
         shifted = self.key_lock.shifted(context)
         if shifted is not None:

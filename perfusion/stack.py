@@ -132,7 +132,7 @@ class ConceptStack:
     @property
     def tells_words(self) -> bool:
         """Whether the network has to be told whose word each token is."""
-        return len(self) > 1 or any(use.region is not None for use in self.uses)
+        return len(self) > 1 or self.rescopes or any(use.region is not None for use in self.uses)
 
     @property
     def rescopes(self) -> bool:
@@ -177,6 +177,7 @@ class ConceptStack:
             [use.lock for use in self.uses],
             [word_number(concept.placeholder) for concept in concepts],
             [concept.anchored for concept in concepts],
+            [concept.scope == "word" for concept in concepts],
         )
 
 

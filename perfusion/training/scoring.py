@@ -140,6 +140,7 @@ class Drawing:
                 noise = torch.stack([unit_noise(self._seed + start + k, shape) for k in range(len(prompts))])
                 unwanted = [_NEGATIVE] * len(prompts) if self._guidance != 1 else []
                 text = _placed(ScopedText(host, concept.scope)([*prompts, *unwanted], word), host.device)
+                edit.tell_own(text.word)
                 latents = sample(host, noise.to(host.device), text, edit, self._steps, self._guidance, self._between)
                 pictures.append(host.decode_latents(latents))
             return torch.cat(pictures)
@@ -305,7 +306,8 @@ def gate_openness(host: TextHost, concept: Concept, prompts: Sequence[str], gate
     edit = _stack_of(concept, gate).edit()
     with torch.no_grad():
         text = ScopedText(host, concept.scope)(prompts, _word_of(concept))
-        opened = edit.directions_on(text.context.device).gates(text.context)[1]
+        edit.tell_own(text.word)
+        opened = edit.gates(text.context)
     opened = rearrange(opened, "b m 1 -> b m").cpu()
     own = (opened * text.word).sum(1) / text.word.sum(1).clamp_min(1)
     other = (opened * ~(text.word | text.padding)).amax(1)

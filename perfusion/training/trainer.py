@@ -394,7 +394,8 @@ class Trainer:
         """The edit that is being learned, with these i* and d*."""
         gate = Gate(self.config.bias, self.config.temperature)
         directions_ = Directions.of(i_star.unsqueeze(0), d_star.unsqueeze(0), [gate], [self.config.form])
-        return KeyValueEdit(directions_, self.e_super.unsqueeze(0), self.o_star_v)
+        alone = [self.config.scope == "word"]
+        return KeyValueEdit(directions_, self.e_super.unsqueeze(0), self.o_star_v, numbers=[1], confined=alone)
 
     def _draw(self, count: int, generator: torch.Generator) -> _Batch:
         photo = self.photos.draw(count, generator)
@@ -416,6 +417,8 @@ class Trainer:
         noise, sigma = batch.noise.to(device), self._sigmas[batch.level].to(device)
         spread = sigma.view(-1, 1, 1, 1)
         sizes = self.photos.sizes(batch.photo)
+        if edit is not None:
+            edit.tell_own(text.word)
         estimate = self.host.denoise(x0 + spread * noise, sigma, text, edit, sizes).float()
         # eps = (x_t - x0) / sigma; in its own terms a v-prediction's error is that of eps times sqrt(1 + sigma^2)
         error = (estimate - x0) / spread

@@ -248,7 +248,7 @@ def apply_to_clip(clip: Any, stack: ConceptStack) -> Any:
         },
     )
     clone.patcher.set_attachments(KEY, Words(together))
-    if together.rescopes or together.locks_globally or together.tells_words:
+    if together.locks_globally or together.tells_words:
         clone.patcher.set_injections(KEY, [_hearing_injection(_super_category_tokens(clip, together))])
     return clone
 
