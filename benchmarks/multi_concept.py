@@ -1,6 +1,6 @@
 """Do several concepts answer their own words, and not each other's, and are all in the picture, each as itself?
 
-    python -m benchmarks.multi_concept [--json] [--steps 100] [--prompts 60] [--pictures 48] [--folder DIR]
+    python -m benchmarks.multi_concept [--json] [--steps 250] [--prompts 60] [--pictures 48] [--folder DIR]
 
 Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
 with adjectives and second things around them. "own": share of words that open their own concept's gate by half,
@@ -61,7 +61,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.multi_concept", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one line of JSON alone")
-    parser.add_argument("--steps", type=int, default=100, help="training steps of each concept")
+    parser.add_argument("--steps", type=int, default=250, help="training steps of each concept")
     parser.add_argument("--prompts", type=int, default=60, help="prompts for each set of concepts")
     parser.add_argument("--pictures", type=int, default=48, help="pictures for each set of concepts; 0 leaves them out")
     parser.add_argument("--arrangement", choices=ARRANGEMENTS, help="this one alone")
@@ -148,7 +148,7 @@ def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, steps: i
             photos = photos_of((kind, number))
             ready = prepare(host, list(rendered(photos)), thing_masks(photos), world.SIZE)
             statistics = statistics or measure(host, host.captions or ())
-            config = TrainingConfig(steps=steps, batch_size=8, micro_batch=0, resolution=world.SIZE)
+            config = TrainingConfig(steps=steps, micro_batch=0, resolution=world.SIZE)
             concept = train(host, ready, Subject(f"<my-{name}>", kind), statistics, config)[0]
             folder.mkdir(parents=True, exist_ok=True)
             concept.save(path)

@@ -1,6 +1,6 @@
 """One trained file, the whole trade-off: likeness and obedience over the bias, without training again.
 
-    python -m benchmarks.pareto [--json] [--concepts 8] [--prompts 16] [--steps 150] [--temperature .15] [--lock local]
+    python -m benchmarks.pareto [--json] [--concepts 8] [--prompts 16] [--steps 250] [--temperature .15] [--lock local]
 
 Personal things are learned on the miniature as in ``benchmarks.quality`` and drawn from the same prompts and noise at
 each bias. "image" is the mean cosine to the photos, "text" that to the prompt with the super-category in the word's
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON alone")
     parser.add_argument("--concepts", type=int, default=8, help="personal things to learn")
     parser.add_argument("--prompts", type=int, default=16, help="prompts for each of them")
-    parser.add_argument("--steps", type=int, default=150, help="training steps for each of them")
+    parser.add_argument("--steps", type=int, default=250, help="training steps for each of them")
     parser.add_argument("--temperature", type=float, default=Gate.temperature)
     parser.add_argument("--lock", choices=LOCKS, default="local")
     parser.add_argument("--weights", type=Path, default=FOLDER)

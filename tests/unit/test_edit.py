@@ -121,6 +121,56 @@ def test_anchored_values_are_added_to_the_super_category_as_the_weights_in_use_s
     assert relative(edit.project(LAYER, "v", context, world.linear), world.project(context)) < 1e-6
 
 
+# --- words that are heard by themselves alone
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("path", ["k", "v"])
+@pytest.mark.parametrize("confined", [[True, True], [False, True]])
+def test_confined_concepts_are_at_their_own_words_alone(form: Form, path: Any, confined: list[bool]) -> None:
+    world = World(2, form=form, gates=[Gate(-5.0, 0.2), Gate(-5.0, 0.2)])  # open everywhere
+    context = world.context(batch=1)
+    words = torch.zeros(1, 77, dtype=torch.long)
+    words[0, 2], words[0, 7] = 11, 22
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11, 22], confined=confined)
+    plain = world.linear(context)
+    assert torch.equal(edit.project(LAYER, path, context, world.linear), world.project(context, path)), "nothing told"
+    edit.words = words
+    found = edit.project(LAYER, path, context, world.linear)
+    gates = edit.gates(context)[0]
+    others = [m for m in range(77) if m not in (2, 7)]
+    assert gates[others, 1].max() == 0 < gates[7, 1]
+    if all(confined):
+        assert torch.equal(found[:, others], plain[:, others])
+        assert gates[others].max() == 0
+    else:
+        assert gates[others, 0].min() > 0.5
+        alone = KeyValueEdit(
+            Directions.of(world.i_star[:1], world.d_star[:1], world.gates[:1], [form]),
+            world.e_super[:1],
+            {LAYER: world.o_star[:1]},
+        )
+        if form == "preserving":
+            expected = alone.project(LAYER, path, context, world.linear)
+            assert relative(found[:, others], expected[:, others]) < 1e-5
+    assert not torch.allclose(found[:, [2, 7]], plain[:, [2, 7]], atol=1e-2)
+
+
+def test_where_the_word_of_the_only_concept_is() -> None:
+    world = World(1)
+    context, word = world.context(batch=2), torch.zeros(2, 77, dtype=torch.bool)
+    word[0, 2] = True
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[2**32], confined=[True])
+    edit.tell_own(word)
+    found = edit.project(LAYER, "v", context, world.linear)
+    plain = world.linear(context)
+    assert torch.equal(found[~word], plain[~word])
+    assert not torch.allclose(found[word], plain[word], atol=1e-2)
+    unnumbered = world.edit()
+    unnumbered.tell_own(word)
+    assert unnumbered.words is None
+
+
 # --- oracle 1: perfusion-pytorch, one concept
 
 

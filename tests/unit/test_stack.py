@@ -46,6 +46,22 @@ def test_stacks_add_up_in_order() -> None:
     assert len(ConceptStack()) == 0
 
 
+def test_which_words_are_heard_as_their_super_category() -> None:
+    alone, loud, locked = (
+        ConceptUse(a_concept("<alone>", 0, scope="word")),
+        ConceptUse(a_concept("<loud>", 1)),
+        ConceptUse(a_concept("<locked>", 2), lock="global"),
+    )
+    stack = ConceptStack((alone, loud, locked))
+    assert stack.replaced("") == stack.replaced("<loud>") == {"<alone>"}
+    assert stack.replaced("<alone>") == frozenset()
+    assert stack.replaced("", keys=True) == {"<alone>", "<locked>"}
+    assert stack.replaced("<alone>", keys=True) == {"<locked>"}
+    assert stack.rescopes and stack.locks_globally and stack.tells_words
+    assert ConceptStack((alone,)).tells_words and not ConceptStack((loud,)).tells_words
+    assert not ConceptStack((loud,)).rescopes and not ConceptStack((alone, loud)).locks_globally
+
+
 def test_one_word_for_two_concepts_is_refused() -> None:
     for word in ("<it-1>", "<IT-1>"):
         with pytest.raises(StackError, match="share the word <it-1>"):
