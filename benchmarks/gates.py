@@ -62,8 +62,8 @@ def measure(pack: Any, options: argparse.Namespace) -> dict[str, Any]:
         sources = {"paper": templates, "robust": corpus.captions_naming("<it>", options.contexts, seed=1)}
         found = {}
         for name, captions in sources.items():
-            contexts = statistics.word_contexts(host, captions, word, last_only=True)
-            found[name] = statistics.directions(contexts.own, moment, name, contexts.behind)
+            contexts = statistics.word_contexts(host, captions, word, last_only=True, own_only=True)
+            found[name] = statistics.directions(contexts.own, moment, name)
         for name, (i_star, d_star) in found.items():
             tally(counts[name], pack, host, word, i_star, d_star, options.held_out)
         so_far = ", ".join(f"{name} {opens}/{words}" for name, (opens, words, _, _) in counts.items())

@@ -277,6 +277,7 @@ class PerfusionTrainConcept(io.ComfyNode):
         subject = Subject(placeholder, one["super_category"].strip(), captions or paper_templates(), of_photo)
         with naming(NODE):
             settings = {name: one[name] for name in TrainingConfig.__dataclass_fields__ if name in one}
+            settings.setdefault("scope", "prompt")  # what graphs mean that were saved before there was a choice
             config = TrainingConfig(**settings)
             subject.prompts()
             host = ComfyHost(one["model"], one["clip"], one["vae"])

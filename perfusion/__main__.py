@@ -33,6 +33,7 @@ def info(path: Path) -> dict[str, object]:
         "storage": concept.storage,
         "form": concept.form,
         "estimator": concept.estimator,
+        "scope": concept.scope,
         "created": concept.created,
         "digest": concept.digest,
         "training": dict(concept.training),

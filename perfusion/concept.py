@@ -4,7 +4,7 @@ The file holds, in half precision, per text encoder the word's embeddings; the t
 the super-category's encoding e_super, each (d,); and the target values of all layers one after the other, in half
 precision or, for families with many of them, in 8 bits (``quantization``). Keys are never stored: they are locked to
 the super-category and follow the model in use. Values follow it too: what is stored is their difference to W_V e_super
-of the model they were learned on, or, in files of the first two format versions, o*_V itself. Metadata (all text) says
+of the model they were learned on, or, in files of some format versions, o*_V itself. Metadata (all text) says
 for which family, word and super-category, and how it was trained; the ModelSpec 1.0.1 keys tell other programs.
 """
 
@@ -181,7 +181,7 @@ class Concept:
 
     @property
     def digest(self) -> str:
-        """sha256 of everything that changes pictures: tensors, word, super-category, form."""
+        """sha256 of everything that changes pictures: tensors, word, super-category, form, family, scope."""
         # Spelled out, and not what a library or ``to_json`` happens to write: files must keep their digests for ever.
         family = self.family
         text = [

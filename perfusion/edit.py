@@ -33,7 +33,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from einops import einsum, rearrange
@@ -325,6 +325,7 @@ class KeyValueEdit:
         confined: Sequence[bool] | None = None,
     ):
         self._confined = torch.tensor(confined) if confined and any(confined) else None
+        self._flags_on: dict[torch.device, tuple[Any, ...]] = {}
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
         self.words: Tensor | None = None
         self.numbers = None if numbers is None else torch.tensor(numbers)
@@ -396,13 +397,13 @@ class KeyValueEdit:
         """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""
         if self.words is None or self.numbers is None or self.words.shape != context.shape[:2]:
             return None
-        return self.words.to(context.device).unsqueeze(-1) == self.numbers.to(context.device)
+        return self.words.to(context.device).unsqueeze(-1) == self._flags(context.device)[0]
 
     def _kept_in(self, coefficients: Tensor, owners: Tensor | None) -> Tensor:
         """Coefficients (b, m, j), 0 where those of a confined concept would be at tokens that are not of its word."""
         if self._confined is None or owners is None:
             return coefficients
-        return coefficients * (owners | ~self._confined.to(owners.device))
+        return coefficients * (owners | ~self._flags(owners.device)[1])
 
     def _compute(self, context: Tensor) -> dict[str, Tensor]:
         owners = self._owners(context)
@@ -418,6 +419,13 @@ class KeyValueEdit:
         elif any(locally):
             value["k"] = value["v"] * torch.tensor(locally * 2, dtype=context.dtype, device=context.device)
         return value
+
+    def _flags(self, device: torch.device) -> tuple[Any, ...]:
+        """``numbers`` and ``confined`` on a device, moved there once."""
+        if device not in self._flags_on:
+            flags = (self.numbers, self._confined)
+            self._flags_on[device] = tuple(None if each is None else each.to(device) for each in flags)
+        return self._flags_on[device]
 
     def directions_on(self, device: torch.device) -> Directions:
         """The text side on a device, moved there once."""

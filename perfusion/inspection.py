@@ -239,7 +239,8 @@ def _report(
     state: State = "missing" if not there else "appears" if own_gate >= OPEN else "shut"
     # Words of other concepts are theirs, whatever is in them.
     ordinary = torch.tensor([not token.placeholder for token in tokens])
-    other_r = float(r[ordinary].max()) if ordinary.any() else -math.inf
+    alone = use.concept.scope == "word"  # whatever is in other words, its gate stays shut on them
+    other_r = float(r[ordinary].max()) if ordinary.any() and not alone else -math.inf
     advice = [_how_to_write(word, use.concept, prompt)] if state == "missing" else []
     # One piece of advice about the bias, not two that contradict each other.
     if state == "shut" or (state == "appears" and own_gate < WELL_OPEN and not others):

@@ -50,12 +50,13 @@ def twin(
     """A prompt's tokens with the super-category in the concept's place, and where each old token stands in the new.
 
     ``word[m]`` is the super-category's tokens at the first token of a concept's word, an empty sequence at its further
-    tokens, None elsewhere. Both lists keep the length ``limit`` of one chunk: tokens pushed out at its end are dropped,
-    and a chunk that became shorter repeats its last token, which is padding or the end.
+    tokens, None elsewhere. Both lists keep the length ``limit`` of one chunk and its last token, which is padding or
+    the end: tokens pushed out before it are dropped, and a chunk that became shorter repeats it.
 
     Returns (new tokens, index): the encoding of new token ``index[m]`` is what token m reads; -1 where m has no
-    counterpart any more. A word's only token reads the last token of the super-category, which in a causal encoder has
-    seen the whole phrase; several tokens are aligned at their ends.
+    counterpart any more, having been pushed out. Padding always has: it reads the last. A word's only token reads the
+    last token of the super-category, which in a causal encoder has seen the whole phrase; several tokens are aligned at
+    their ends.
     """
     new: list[Token] = []
     index: list[int] = []
@@ -74,5 +75,21 @@ def twin(
         new.extend(replacement)
         index.extend(start + max(0, len(replacement) - count + k) for k in range(count))
         position = end
-    new = new[:limit] + [tokens[-1]] * (limit - len(new))
-    return new, [m if m < limit else -1 for m in index]
+    if len(new) <= limit:
+        return new + [tokens[-1]] * (limit - len(new)), index
+    first_of_last = len(tokens) - 1
+    while first_of_last > 0 and word[first_of_last - 1] is None and _same(tokens[first_of_last - 1], tokens[-1]):
+        first_of_last -= 1
+    index = [
+        place if place < limit - 1 else limit - 1 if position >= first_of_last else -1
+        for position, place in enumerate(index)
+    ]
+    return [*new[: limit - 1], tokens[-1]], index
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two tokens are equal; those with embeddings of their own have no truth of being so."""
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):
+        return False

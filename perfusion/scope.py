@@ -25,7 +25,8 @@ class ScopedText:
     """Encodes prompts in which one word is heard as its scope says.
 
     What does not change with the word's embeddings is ``kept`` between calls, for as many prompts: to be used for as
-    long as the encoders stay as they are.
+    long as the encoders stay as they are. Such prompts are encoded one by one, for what a prompt becomes may depend, in
+    its last digits, on those that are encoded with it, and so on what was known before.
     """
 
     def __init__(self, host: TextHost, scope: Scope, *, kept: int = 0):
@@ -46,12 +47,14 @@ class ScopedText:
         names = [(prompt, word.placeholder, word.text) for prompt in prompts]
         found = {name: self._plain[name] for name in names if name in self._plain}
         missing = list(dict.fromkeys(name for name in names if name not in found))
-        if missing:
+        at_once = 1 if self._most else max(1, len(missing))
+        for start in range(0, len(missing), at_once):
+            some = missing[start : start + at_once]
             with torch.no_grad():
-                encoded = self._host.encode([prompt for prompt, *_ in missing], word)
-            found |= {name: encoded.select(torch.tensor([k])) for k, name in enumerate(missing)}
-            room = self._most - len(self._plain)
-            self._plain |= {name: found[name] for name in missing[: max(0, room)]}
+                encoded = self._host.encode([prompt for prompt, *_ in some], word)
+            found |= {name: encoded.select(torch.tensor([k])) for k, name in enumerate(some)}
+        room = max(0, self._most - len(self._plain))
+        self._plain |= {name: found[name] for name in missing[:room]}
         return Encodings.joined([found[name] for name in names])
 
 

@@ -306,7 +306,7 @@ def gate_openness(host: TextHost, concept: Concept, prompts: Sequence[str], gate
     edit = _stack_of(concept, gate).edit()
     with torch.no_grad():
         text = ScopedText(host, concept.scope)(prompts, _word_of(concept))
-        edit.tell_own(text.word)
+        # Not told where the word is: how well the gate tells it from others by what is in the encodings.
         opened = edit.gates(text.context)
     opened = rearrange(opened, "b m 1 -> b m").cpu()
     own = (opened * text.word).sum(1) / text.word.sum(1).clamp_min(1)

@@ -237,6 +237,12 @@ def test_scoped_words_beyond_the_first_chunk(lab: Lab, lock: str) -> None:
     changed = ((context - plain).abs().amax(-1) > 1e-4).nonzero()[:, 1].tolist()
     assert context.shape[1] == 154
     assert len(changed) == 2 and changed[0] == 2 and changed[1] > 77
+    # A super-category of two tokens pushes one out of the full first chunk, but never its end.
+    clip = lab.applied(with_scope(lab.concept(super_category="teddy bear")), lock=lock)[1]
+    (context, extra), *_ = lab.encode(clip, f"a {TEDDY} {long}")
+    (plain, plain_extra), *_ = lab.encode(lab.clip, f"a teddy bear {long}")
+    assert torch.allclose(context[:, 3:75], plain[:, 4:76], atol=1e-5)
+    assert torch.isfinite(extra["pooled_output"]).all()
 
 
 @pytest.mark.parametrize("lock", ["local", "global"])
@@ -258,6 +264,32 @@ def test_encoding_until_the_word_gives_the_same_tokens(lab: Lab, skipped: bool) 
     assert short.context.shape[1] == short.word.shape[1] == short.padding.shape[1] == 7
     assert torch.allclose(short.context, full.context[:, :7], atol=1e-5)
     assert torch.equal(short.word, full.word[:, :7])
+
+
+def test_encoders_with_texts_of_their_own_are_left_alone(lab: Lab, sdxl: Any) -> None:
+    """As the host's node for SDXL gives them: whose word a token is cannot be said of both at once."""
+    text = lab.host.module("perfusion.hosts.comfyui.text")
+    rows = {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 48)}
+    stand_ins = {name: [text.marked(row.clone(), TEDDY, 0) for row in rows[name]] for name in rows}
+    own = text.taught(sdxl, {TEDDY: stand_ins})
+    stack = lab.stack(with_scope(lab.concept()))
+    super_categories = {key: {TEDDY: text.ids_of(sdxl, f"clip_{key}", "teddy bear")} for key in ("l", "g")}
+    same, other = own.tokenize_with_weights(f"a {TEDDY} sits"), own.tokenize_with_weights("")
+    long = own.tokenize_with_weights(f"a {TEDDY} " + "and a house " * 24)
+    with torch.inference_mode():
+        encode = sdxl.cond_stage_model.encode_token_weights
+        out, told = text._heard({"g": other["g"], "l": same["l"]}, stack, super_categories, encode)
+        assert not told and torch.equal(out[0], encode({"g": other["g"], "l": same["l"]})[0])
+        for tokens, written in ((same, "a teddy bear sits"), (long, "a teddy bear " + "and a house " * 24)):
+            out, told = text._heard(tokens, stack, super_categories, encode)
+            assert text.KEY_WORDS in told
+            stock = encode(sdxl.tokenize(written))
+            assert torch.allclose(out[0][:, 3:70], stock[0][:, 4:71], atol=1e-5)
+            if tokens is same:
+                assert torch.allclose(out[1], stock[1], atol=1e-5), "pooled is the plain prompt's"
+        # The end of the first chunk keeps its place, where the host reads what is pooled.
+        twins, _ = text._twins(long, super_categories, frozenset({TEDDY}))
+        assert all(chunks[0][-1] == long[key][0][-1] for key, chunks in twins.items())
 
 
 def test_warning_for_prompts_without_the_word(lab: Lab, teddy: Any, caplog: pytest.LogCaptureFixture) -> None:

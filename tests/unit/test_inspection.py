@@ -99,6 +99,14 @@ def test_the_price_of_a_lower_bias_is_told() -> None:
     assert "and to 0.65 on other words" in advice(inspected((own(), {0: 0.45}), (Token("toy"), {0: 0.37})))
 
 
+def test_a_word_that_is_heard_by_itself_costs_others_nothing() -> None:
+    scoped = [use(scope="word")]
+    told = inspected((own(), {0: 0.45}), (Token("toy"), {0: 0.6}), uses=scoped)
+    assert "Lower the bias of <my-bear>" in advice(told) and "other words" not in advice(told)
+    assert not told.concepts[0].affected
+    assert inspected((own(), {0: 0.45}), (Token("toy"), {0: 0.6})).concepts[0].affected
+
+
 def test_a_place_where_the_gate_opens_is_recommended() -> None:
     here = encoded((START, {}), (Token("toy"), {0: 0.5}), (own(), {0: 0.2}), (END, {}))
     there = encoded((START, {}), (own(), {0: 1.0}), (END, {}))

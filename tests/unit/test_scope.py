@@ -51,7 +51,7 @@ def test_gradients_reach_the_embeddings_through_the_words_own_tokens() -> None:
     (full.context * weights)[full.word].sum().backward()
     assert set(ours) == set(rows)
     for name, row in rows.items():
-        assert torch.allclose(ours[name], row.grad, atol=1e-5)
+        assert row.grad is not None and torch.allclose(ours[name], row.grad, atol=1e-5)
 
 
 class Counting(FakeHost):

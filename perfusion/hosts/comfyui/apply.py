@@ -42,7 +42,7 @@ class Applied:
     def __init__(self, stack: ConceptStack, rows: Rows | None = None):
         self.stack = stack
         self.rows = rows
-        self.told_of_fallback = self.told_of_regions = False
+        self.told_of_fallback = self.told_of_regions = self.told_of_scope = False
         self.picture: tuple[int, int] | None = None
         self.edit: KeyValueEdit | None = stack.edit(rows) if len(stack) else None
         self.scheduled = not all(use.always for use in stack.uses)
@@ -219,6 +219,12 @@ def _told(owner: Applied, shift: Tensor | None, words: Tensor | None, executor: 
         logger.info(
             "Key lock 'global' needs prompts encoded by the CLIP of Apply Concepts and passed on as they are; for "
             "others, and with extensions that rearrange them, 'local' is used."
+        )
+    if words is None and owner.stack.rescopes and not owner.told_of_scope:
+        owner.told_of_scope = True
+        logger.info(
+            "A conditioning comes without word of whose each of its tokens is: it was not encoded by the CLIP of Apply "
+            "Concepts, or another extension has rearranged it. Gates are opened there by what is in the encodings."
         )
     edit = owner.edit
     edit.key_lock.shift = shift

@@ -155,16 +155,16 @@ def encode(
     weighted = {key: [[(token, 1.0) for token in chunk[key]] for chunk in chunks] for key in keys}
     # The encoders take the chunks of one long prompt as a batch, and lay the encodings one after the other.
     length = until_last(stands) if until_word else stands.shape[1]
-    with _shortened(clip, length), _pools_kept(clip) if pooled else nullcontext([]) as pools:
+    with _shortened(clip, length, stands.shape[1]), _pools_kept(clip) if pooled else nullcontext([]) as pools:
         context = clip.encode_from_tokens(weighted)
     context = context.view(len(chunks), -1, context.shape[-1])[:, :length]
     pool = torch.cat(pools).to(context.device) if pooled else None
     return Encodings(context, stands[:, :length], padding[:, :length], pool)
 
 
-def _shortened(clip: Any, length: int) -> Any:
-    """Within the block the encoders compute the first tokens alone, which do not depend on those behind them, and give
-    zeros for all others: the host's embeddings are of one length.
+def _shortened(clip: Any, length: int, whole: int) -> Any:
+    """Within the block the encoders compute the first ``length`` of the ``whole`` tokens alone, which do not depend on
+    those behind them, and give zeros for all others: the host's embeddings are of one length.
     """
 
     def first(forward: Callable[..., Any], x: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -173,6 +173,8 @@ def _shortened(clip: Any, length: int) -> Any:
         states = forward(x[:, :length], mask, *args, **kwargs)
         return tuple(None if state is None else pad(state, behind) for state in states)
 
+    if length >= whole:
+        return nullcontext()
     encoders = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPEncoder)]
     return replaced_forwards({encoder: partial(first, encoder.forward) for encoder in encoders})
 
@@ -275,7 +277,7 @@ def _hearing_injection(super_categories: Mapping[str, Mapping[str, list[int]]]) 
         words.was_own = "encode_token_weights" in vars(model)
         previous = words.previous = model.encode_token_weights
 
-        def encode_token_weights(tokens: dict[str, Any]) -> tuple[Any, ...]:
+        def encode_token_weights(tokens: dict[str, Any]) -> Any:
             if words.previous is None:  # ejected, while another extension's wrapper still calls this one
                 return previous(tokens)
             out, told = _heard(tokens, words.stack, super_categories, previous)
@@ -309,17 +311,21 @@ def _heard(
     tokens: dict[str, list[list[Any]]],
     stack: ConceptStack,
     super_categories: Mapping[str, Mapping[str, list[int]]],
-    encode_: Callable[[dict[str, Any]], tuple[Any, ...]],
-) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    encode_: Callable[[dict[str, Any]], Any],
+) -> tuple[Any, dict[str, Tensor]]:
     """What the text encoder gives for a prompt in which each word is heard as far as its scope says, and what is told
     of its tokens: the shift (1, chunks * m, d) that globally locked keys read, whose word each is (1, chunks * m, 1).
 
     Where tokens and encodings do not correspond one to one, nothing is told, and words are heard by all behind them.
     """
     learned = encode_(tokens)
-    (chunks, *_) = tokens.values()
-    owners = [getattr(entry[0], "perfusion_word", ("", 0))[0] for chunk in chunks for entry in chunk]
-    if len(owners) != learned[0].shape[1]:
+    of_encoders = [
+        [getattr(entry[0], "perfusion_word", ("", 0))[0] for chunk in chunks for entry in chunk]
+        for chunks in tokens.values()
+    ]
+    owners = of_encoders[0]
+    # Encoders may have been given texts of their own, with words at other places.
+    if len(owners) != learned[0].shape[1] or any(others != owners for others in of_encoders):
         return learned, {}
     known: dict[frozenset[str], tuple[tuple[Any, ...], Tensor]] = {}
 
@@ -343,9 +349,7 @@ def _heard(
     if context is learned[0]:
         return learned, told
     # What belongs to no token, as the pooled output does, is that of other words.
-    replaced = stack.replaced("") & set(owners)
-    rest = (encoded(replaced)[0] if replaced else learned)[1:]
-    return (context, *rest), told
+    return (context, *encoded(stack.replaced("") & set(owners))[0][1:]), told
 
 
 def _twins(

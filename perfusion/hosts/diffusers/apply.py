@@ -100,12 +100,17 @@ class _Applied:
                     shift = shift.repeat_interleave(copies, dim=0)
             told.append((ours, shift, words))
         encodings = self._original(*call.args, **call.kwargs)
-        made = [encoding for encoding in encodings[:2] if isinstance(encoding, Tensor)]
         if self.tells:
             for encoding, (ours, shift, words) in zip(encodings[:2], told, strict=True):
                 if ours and isinstance(encoding, Tensor):
                     self._known.appendleft((encoding, shift, words))
-        self._warn_of_shut_gates(made)
+        self._warn_of_shut_gates(
+            [
+                (encoding, torch.zeros(encoding.shape[:2]) if ours and words is None else words)
+                for encoding, (ours, _, words) in zip(encodings[:2], told, strict=True)
+                if isinstance(encoding, Tensor)
+            ]
+        )
         return encodings
 
     def _encode(
@@ -152,9 +157,9 @@ class _Applied:
                 )
         return None
 
-    def _warn_of_shut_gates(self, encodings: Sequence[Tensor]) -> None:
-        """Name the concepts whose gate no token of any prompt opens by half."""
-        shut = shut_words(self.stack, self.edit, encodings)
+    def _warn_of_shut_gates(self, made: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Name the concepts whose gate no token of any prompt opens by half, from encodings and their words."""
+        shut = shut_words(self.stack, self.edit, [each for each, _ in made], [words for _, words in made])
         if shut:
             logger.warning(
                 "%s will not appear: no prompt contains the word within its first 75 tokens, or its gate stays shut. "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +138,8 @@ class ClipText:
         super_categories = {c.placeholder: [Token(id_) for id_ in self.ids(c.super_category)] for c in stack.concepts}
         owners = [[token.word for token in prompt] for prompt in tokens]
 
-        def encoded(replaced_words: frozenset[str]) -> tuple[Tensor, Tensor | None]:
+        @cache
+        def encoded(replaced_words: frozenset[str]) -> tuple[Tensor, Tensor]:
             replacements = {word: super_categories[word] for word in replaced_words}
             twins, index = zip(*(_twin(prompt, replacements, self.length) for prompt in tokens), strict=True)
             return self.encode(twins, stacked, clip_skip), torch.tensor(index)
