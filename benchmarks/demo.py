@@ -77,7 +77,7 @@ SCENES_OF_TWO = (
     "a watercolor of a {} and a {}",
 )
 TRADE_OFF = "a photo of a {} wearing a crown on the moon"
-BIASES = (0.2, 0.4, 0.6, 0.75, 0.9)
+BIASES = (0.6, 0.8, 1.0, 1.2, 1.4)
 
 STEPS, SEEDS = 250, 4
 TRAINING = TrainingConfig(batch_size=16, micro_batch=0, resolution=SIZE)

@@ -1,6 +1,6 @@
 """Do several concepts answer their own words, and not each other's, and are all in the picture, each as itself?
 
-    python -m benchmarks.multi_concept [--json] [--steps 250] [--prompts 60] [--pictures 48] [--folder DIR]
+    python -m benchmarks.multi_concept [--json] [--steps 250] [--prompts 60] [--pictures 48] [--scope word] [--folder DIR]
 
 Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
 with adjectives and second things around them. "own": share of words that open their own concept's gate by half,
@@ -33,6 +33,7 @@ from miniature.metrics import Metrics, rendered
 from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept, load
 from perfusion.hosts.diffusers import DiffusersHost
+from perfusion.scope import SCOPES
 from perfusion.stack import ConceptStack, ConceptUse, word_number
 from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250, help="training steps of each concept")
     parser.add_argument("--prompts", type=int, default=60, help="prompts for each set of concepts")
     parser.add_argument("--pictures", type=int, default=48, help="pictures for each set of concepts; 0 leaves them out")
+    parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
     parser.add_argument("--arrangement", choices=ARRANGEMENTS, help="this one alone")
     parser.add_argument("--sheet", type=Path, help="where a sheet of photos and what was drawn goes, as .png")
     parser.add_argument("--folder", type=Path, help="where learned concepts are kept, and looked for")
@@ -97,7 +99,8 @@ def measured(
     """The figures of each arrangement."""
     wanted = {name: ARRANGEMENTS[name] for name in ([options.arrangement] if options.arrangement else ARRANGEMENTS)}
     needed = {thing for sets in wanted.values() for kinds in sets for thing in _things(kinds)}
-    concepts = learned(host, sorted(needed), folder, options.steps)
+    config = TrainingConfig(steps=options.steps, scope=options.scope, micro_batch=0, resolution=world.SIZE)
+    concepts = learned(host, sorted(needed), folder, config)
     figures: dict[str, Any] = {}
     for name, sets in wanted.items():
         stacks = [
@@ -138,17 +141,16 @@ def _things(kinds: Sequence[str]) -> list[Thing]:
     return [(kind, kinds[:k].count(kind)) for k, kind in enumerate(kinds)]
 
 
-def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, steps: int) -> dict[Thing, Concept]:
+def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, config: TrainingConfig) -> dict[Thing, Concept]:
     """A concept of each (super-category, number), from renders of scenes that show the thing alone."""
     statistics, concepts = None, {}
     for kind, number in tqdm(things, desc="concepts"):
         name = f"{kind.replace(' ', '-')}-{number}"
-        path = folder / f"{name}-{steps}.safetensors"
+        path = folder / f"{name}-{config.steps}-{config.scope}.safetensors"
         if not path.exists():
             photos = photos_of((kind, number))
             ready = prepare(host, list(rendered(photos)), thing_masks(photos), world.SIZE)
             statistics = statistics or measure(host, host.captions or ())
-            config = TrainingConfig(steps=steps, micro_batch=0, resolution=world.SIZE)
             concept = train(host, ready, Subject(f"<my-{name}>", kind), statistics, config)[0]
             folder.mkdir(parents=True, exist_ok=True)
             concept.save(path)

@@ -32,7 +32,7 @@ from perfusion.training.config import TrainingConfig
 
 from .quality import PHOTOS, PLACEHOLDER, SAMPLER, learn, prompts_for
 
-BIASES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+BIASES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
 FALLS = {"image": True, "similarity": True, "identity": True, "text": False}  # with a rising bias
 
 
