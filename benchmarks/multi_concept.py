@@ -1,6 +1,7 @@
 """Do several concepts answer their own words, and not each other's, and are all in the picture, each as itself?
 
-    python -m benchmarks.multi_concept [--json] [--steps 250] [--prompts 60] [--pictures 48] [--scope word] [--folder DIR]
+    python -m benchmarks.multi_concept [--json] [--steps 250] [--scope word] [--prompts 60] [--pictures 48]
+                                       [--folder DIR]
 
 Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
 with adjectives and second things around them. "own": share of words that open their own concept's gate by half,
