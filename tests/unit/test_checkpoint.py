@@ -141,6 +141,7 @@ OTHER: dict[str, Any] = {
     "temperature": 0.2,
     "form": "preserving",
     "estimator": "paper",
+    "scope": "prompt",
     "contexts": 17,
     "vectors": 2,
     "flip": False,
@@ -337,10 +338,10 @@ def test_a_step_that_fails_never_was(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(trainer, reference)
     counted = trainer.host.encode
 
-    def encode_later(prompts: Any, word: Any = None) -> Encodings:
+    def encode_later(prompts: Any, word: Any = None, **keywords: Any) -> Encodings:
         if len(prompts) > 4:  # the captions in which the word is looked at
             raise Broken
-        return counted(prompts, word)
+        return counted(prompts, word, **keywords)
 
     with monkeypatch.context() as patch, pytest.raises(Broken):
         patch.setattr(trainer.host, "encode", encode_later)

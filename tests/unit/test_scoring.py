@@ -18,6 +18,7 @@ from perfusion.concept import Concept
 from perfusion.corpus import captions_naming
 from perfusion.edit import Gate
 from perfusion.hosts.base import Word
+from perfusion.scope import ScopedText
 from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.training.scoring import (
     Drawing,
@@ -260,7 +261,7 @@ def test_openness_is_that_of_the_word_and_of_the_other_word_that_opens_most() ->
     trainer = a_trainer(vectors=2)
     concept, gate = trainer.concept(), Gate(bias=0.3, temperature=0.2)
     own, other = gate_openness(trainer.host, concept, PROMPTS, gate)
-    text = trainer.host.encode(PROMPTS, Word("<bear>", "bear", concept.embeddings))
+    text = ScopedText(trainer.host, "word")(PROMPTS, Word("<bear>", "bear", concept.embeddings))
     r = text.context @ concept.d_star / (concept.i_star @ concept.d_star)
     g = torch.sigmoid((r - 0.3) / 0.2)
     expected = [(g[b][text.word[b]].mean(), g[b][~text.word[b] & ~text.padding[b]].max()) for b in range(3)]

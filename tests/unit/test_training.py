@@ -193,7 +193,8 @@ def test_loss_is_that_of_the_networks_own_target(prediction: Literal["eps", "v"]
     x0, weights = photos().pick(batch.photo, batch.flipped)
     sigma = host.noise_levels()[batch.level].view(-1, 1, 1, 1)
     alpha = 1 / (1 + sigma**2).sqrt()
-    text = host.encode([trainer.subject.prompts()[k] for k in batch.prompt], trainer.word)
+    text = trainer._text([trainer.subject.prompts()[k] for k in batch.prompt], trainer.word)
+    trainer._edit.tell_own(text.word)
     found = host.network(alpha * (x0 + sigma * batch.noise), text.context, trainer._edit).detach()
     target = batch.noise if prediction == "eps" else alpha * batch.noise - alpha * sigma * x0
     expected = (weights * (found - target).square()).mean()
