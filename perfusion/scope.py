@@ -42,6 +42,11 @@ class ScopedText:
         plain = self._without_embeddings(prompts, Word(word.placeholder, word.text))
         return among(self._host.encode(prompts, word, until_word=True), plain)
 
+    def prepare(self, prompts: Sequence[str], word: Word) -> None:
+        """Encode now what can be kept of these prompts, so that no later call has to."""
+        if self._scope == "word" and self._most:
+            self._without_embeddings(prompts[: self._most], Word(word.placeholder, word.text))
+
     def _without_embeddings(self, prompts: Sequence[str], word: Word) -> Encodings:
         """The prompts with the super-category in the word's place."""
         names = [(prompt, word.placeholder, word.text) for prompt in prompts]

@@ -301,6 +301,7 @@ class Trainer:
         self.o_star_v = {layer: values.detach().clone().requires_grad_() for layer, values in self._anchors.items()}
         self._locate()
         self._require_words_in_reach()
+        self._text.prepare(self.captions.prompts, self.word)
 
     def _require_words_in_reach(self) -> None:
         """Raise TrainingError for a caption whose word the encoder would not see, before anything is learned."""
