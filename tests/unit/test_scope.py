@@ -75,6 +75,15 @@ def test_what_stays_the_same_is_encoded_once() -> None:
     assert [prompt for prompt, until in host.seen if not until] == PROMPTS[2:], "there is room for two"
     assert torch.equal(first.context, again.context)
     host.seen.clear()
+    prepared = ScopedText(host, "word", kept=2)
+    prepared.prepare(PROMPTS, word)
+    assert [prompt for prompt, _ in host.seen] == PROMPTS[:2]
+    prepared(PROMPTS[:2], word)
+    assert all(until for _, until in host.seen[2:])
+    host.seen.clear()
+    ScopedText(host, "prompt", kept=2).prepare(PROMPTS, word)
+    ScopedText(host, "word").prepare(PROMPTS, word)
+    assert not host.seen, "nothing to keep"
     assert torch.equal(
         text(PROMPTS[:1], Word("<it>", "bear")).context, host.encode(PROMPTS[:1], Word("<it>", "bear")).context
     )
