@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -327,13 +327,11 @@ def _heard(
     # Encoders may have been given texts of their own, with words at other places.
     if len(owners) != learned[0].shape[1] or any(others != owners for others in of_encoders):
         return learned, {}
-    known: dict[frozenset[str], tuple[tuple[Any, ...], Tensor]] = {}
 
-    def encoded(replaced: frozenset[str]) -> tuple[Any, ...]:
-        if replaced not in known:
-            twins, index = _twins(tokens, super_categories, replaced)
-            known[replaced] = encode_(twins), torch.tensor([index])
-        return known[replaced]
+    @cache
+    def encoded(replaced: frozenset[str]) -> tuple[Any, Tensor]:
+        twins, index = _twins(tokens, super_categories, replaced)
+        return encode_(twins), torch.tensor([index])
 
     def encodings(replaced: frozenset[str]) -> tuple[Tensor, Tensor]:
         out, index = encoded(replaced)
