@@ -1,7 +1,7 @@
 """Do several concepts answer their own words, and not each other's, and are all in the picture, each as itself?
 
-    python -m benchmarks.multi_concept [--json] [--steps 250] [--scope word] [--prompts 60] [--pictures 48]
-                                       [--folder DIR]
+    python -m benchmarks.multi_concept [--json] [--steps 250] [--scope word] [--focus F] [--prompts 60]
+                                       [--pictures 48] [--folder DIR]
 
 Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
 with adjectives and second things around them. "own": share of words that open their own concept's gate by half,
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=60, help="prompts for each set of concepts")
     parser.add_argument("--pictures", type=int, default=48, help="pictures for each set of concepts; 0 leaves them out")
     parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
+    parser.add_argument("--focus", type=float, default=TrainingConfig.focus)
     parser.add_argument("--arrangement", choices=ARRANGEMENTS, help="this one alone")
     parser.add_argument("--sheet", type=Path, help="where a sheet of photos and what was drawn goes, as .png")
     parser.add_argument("--folder", type=Path, help="where learned concepts are kept, and looked for")
@@ -100,7 +101,9 @@ def measured(
     """The figures of each arrangement."""
     wanted = {name: ARRANGEMENTS[name] for name in ([options.arrangement] if options.arrangement else ARRANGEMENTS)}
     needed = {thing for sets in wanted.values() for kinds in sets for thing in _things(kinds)}
-    config = TrainingConfig(steps=options.steps, scope=options.scope, micro_batch=0, resolution=world.SIZE)
+    config = TrainingConfig(
+        steps=options.steps, scope=options.scope, focus=options.focus, micro_batch=0, resolution=world.SIZE
+    )
     concepts = learned(host, sorted(needed), folder, config)
     figures: dict[str, Any] = {}
     for name, sets in wanted.items():
@@ -147,7 +150,7 @@ def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, config: 
     statistics, concepts = None, {}
     for kind, number in tqdm(things, desc="concepts"):
         name = f"{kind.replace(' ', '-')}-{number}"
-        path = folder / f"{name}-{config.steps}-{config.scope}.safetensors"
+        path = folder / f"{name}-{config.steps}-{config.scope}-{config.focus:g}.safetensors"
         if not path.exists():
             photos = photos_of((kind, number))
             ready = prepare(host, list(rendered(photos)), thing_masks(photos), world.SIZE)

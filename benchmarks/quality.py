@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, default=TrainingConfig.form)
     parser.add_argument("--estimator", choices=ESTIMATORS, default=TrainingConfig.estimator)
     parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
+    parser.add_argument("--focus", type=float, default=TrainingConfig.focus)
     parser.add_argument("--value-rate", type=float, default=TrainingConfig.value_rate)
     parser.add_argument("--embedding-rate", type=float, default=TrainingConfig.embedding_rate)
     parser.add_argument("--bias", type=float, default=Gate.bias)
@@ -95,6 +96,7 @@ def main() -> None:
             form=options.form,
             estimator=options.estimator,
             scope=options.scope,
+            focus=options.focus,
             value_rate=options.value_rate,
             embedding_rate=options.embedding_rate,
         )

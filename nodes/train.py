@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..perfusion.concept import check_placeholder, file_stem
 from ..perfusion.corpus import paper_templates
-from ..perfusion.edit import FORMS
+from ..perfusion.edit import FORMS, MAX_FOCUS
 from ..perfusion.hosts.comfyui import library
 from ..perfusion.hosts.comfyui.memory import require_memory
 from ..perfusion.hosts.comfyui.progress import TrainingView, progress_on
@@ -245,6 +245,16 @@ class PerfusionTrainConcept(io.ComfyNode):
                     tooltip=tip("scope"),
                     extra_dict=ADVANCED,
                 ),
+                io.Float.Input(
+                    "focus",
+                    default=default.focus,
+                    min=1.0,
+                    max=float(MAX_FOCUS),
+                    step=1.0,
+                    optional=True,
+                    tooltip=tip("focus"),
+                    extra_dict=ADVANCED,
+                ),
             ],
             outputs=[
                 Concepts.Output(
@@ -277,7 +287,9 @@ class PerfusionTrainConcept(io.ComfyNode):
         subject = Subject(placeholder, one["super_category"].strip(), captions or paper_templates(), of_photo)
         with naming(NODE):
             settings = {name: one[name] for name in TrainingConfig.__dataclass_fields__ if name in one}
-            settings.setdefault("scope", "prompt")  # what graphs mean that were saved before there was a choice
+            # What graphs mean that were saved before there was a choice.
+            settings.setdefault("scope", "prompt")
+            settings.setdefault("focus", 1.0)
             config = TrainingConfig(**settings)
             subject.prompts()
             host = ComfyHost(one["model"], one["clip"], one["vae"])

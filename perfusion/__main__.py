@@ -34,6 +34,7 @@ def info(path: Path) -> dict[str, object]:
         "form": concept.form,
         "estimator": concept.estimator,
         "scope": concept.scope,
+        "focus": concept.focus,
         "created": concept.created,
         "digest": concept.digest,
         "training": dict(concept.training),

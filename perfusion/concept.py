@@ -29,7 +29,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from . import foreign
-from .edit import FORMS, Form
+from .edit import FORMS, MAX_FOCUS, Form
 from .family import Family
 from .files import write_atomically
 from .quantization import dequantize, quantize
@@ -51,6 +51,7 @@ FORMATS: dict[tuple[Storage, bool, Scope], str] = {
     ("half", False, "word"): "7",
     ("8bit", False, "word"): "8",
 }
+FOCUSED = "9"  # as the version that it names, and the word is looked at more than by itself
 MAX_HEADER = 1 << 20
 MAX_FILE = 16 << 20
 MAX_VECTORS = 32
@@ -96,7 +97,8 @@ class Concept:
 
     ``embeddings``: encoder -> (n, width); ``i_star``, ``d_star``, ``e_super``: (d,); ``o_star_v``: layer -> (i,),
     what is added to W_V e_super where the concept is ``anchored``, else the values themselves. ``storage`` is how the
-    file keeps ``o_star_v``; all else is kept in half precision. ``scope`` is how far the word is heard in a prompt.
+    file keeps ``o_star_v``; all else is kept in half precision. ``scope`` is how far the word is heard in a prompt,
+    ``focus`` how many times more the model looks at it.
     Raises ConceptFileError when shapes do not fit the family or a number is not finite.
     """
 
@@ -116,6 +118,7 @@ class Concept:
     storage: Storage = "half"
     anchored: bool = False
     scope: Scope = "prompt"
+    focus: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
@@ -124,6 +127,8 @@ class Concept:
             raise ConceptFileError(f"it uses a form of the method ({self.form}, {self.estimator}) this version lacks")
         if self.scope not in SCOPES:
             raise ValueError(f"a scope is one of {', '.join(SCOPES)}, not {self.scope!r}")
+        if not 1 <= self.focus <= MAX_FOCUS:
+            raise ValueError(f"a focus is a number from 1 to {MAX_FOCUS}, not {self.focus}")
         if self.storage not in STORAGES:
             raise ValueError(f"target values are stored in one of {', '.join(STORAGES)}, not {self.storage!r}")
         d = self.family.context_width
@@ -181,7 +186,7 @@ class Concept:
 
     @property
     def digest(self) -> str:
-        """sha256 of everything that changes pictures: tensors, word, super-category, form, family, scope."""
+        """sha256 of everything that changes pictures: tensors, word, super-category, form, family, scope, focus."""
         # Spelled out, and not what a library or ``to_json`` happens to write: files must keep their digests for ever.
         family = self.family
         text = [
@@ -193,6 +198,7 @@ class Concept:
             ["encoders", [[name, width] for name, width in family.encoders.items()]],
             ["layers", [[name, width] for name, width in family.layers.items()]],
             *([["scope", self.scope]] if self.scope != "prompt" else []),
+            *([["focus", float(self.focus)]] if self.focus != 1 else []),
         ]
         content = sha256(json.dumps(text, separators=(",", ":")).encode())
         for name, tensor in sorted(self.tensors.items()):
@@ -218,8 +224,10 @@ class Concept:
             **({"resolution": f"{resolution}x{resolution}"} if resolution else {}),
             **({"thumbnail": self.thumbnail} if self.thumbnail else {}),
         }
+        version = FORMATS[self.storage, self.anchored, self.scope]
         own = {
-            "format": FORMATS[self.storage, self.anchored, self.scope],
+            "format": version if self.focus == 1 else FOCUSED,
+            **({"like": version, "focus": repr(float(self.focus))} if self.focus != 1 else {}),
             "family": self.family.to_json(),
             "placeholder": self.placeholder,
             "super_category": self.super_category,
@@ -367,13 +375,16 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
         )
     version = metadata["perfusion.format"]
     known = {number: kind for kind, number in FORMATS.items()}
-    if not isinstance(version, str) or version not in known:
+    if not isinstance(version, str) or version not in {*known, FOCUSED}:
         raise ConceptFileError(
-            f"it has format version {str(version)[:20]}, this version reads 1 to {max(known)}. "
-            "Update ComfyUI-Perfusion."
+            f"it has format version {str(version)[:20]}, this version reads 1 to {FOCUSED}. Update ComfyUI-Perfusion."
         )
-    storage, anchored, scope = known[version]
     try:
+        focused = version == FOCUSED
+        storage, anchored, scope = known[metadata["perfusion.like"] if focused else version]
+        focus = float(metadata["perfusion.focus"]) if focused else 1.0
+        if not 1 <= focus <= MAX_FOCUS:
+            raise ValueError(f"a focus of {focus}")
         family = Family.from_json(metadata["perfusion.family"])
         placeholder, super_category = metadata["perfusion.placeholder"], _text(metadata["perfusion.super_category"])
         training = json.loads(metadata.get("perfusion.training", "{}"))
@@ -414,6 +425,7 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
         storage=storage,
         anchored=anchored,
         scope=scope,
+        focus=focus,
     )
     if concept.digest != metadata.get("perfusion.digest"):
         raise ConceptFileError("its content is not what its digest says: it was damaged. Copy or download it again.")

@@ -47,8 +47,10 @@ FORMS: tuple[Form, ...] = get_args(Form)
 # Beyond this cosine (in the metric of d*) two concepts cannot be told apart: the inverse of G would amplify noise.
 PARALLEL = 0.995
 _MAX_GRAM_CONDITION = 1e6
+MAX_FOCUS = 1000
 _REMEMBERED_CONTEXTS = 4
 _COMPETITION = 0.1  # temperature of the concepts' shares
+_FOREIGN, _OWN = 0.5, 0.8  # below the first belonging a token is no word of a concept, above the second it is
 
 
 class ParallelConceptsError(ValueError):
@@ -209,7 +211,7 @@ class Directions:
             _, subtracted, opened = self._read(context, owners)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
-            strength = _for_batch(self.strength, len(context), alone=False)
+            strength = self.strength_of(context)
             return -strength * subtracted, strength * opened
 
     def gates(self, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -220,6 +222,10 @@ class Directions:
         with _full_precision(context.device):
             r, _, opened = self._read(context, owners)
         return r, opened
+
+    def strength_of(self, context: Tensor) -> Tensor:
+        """Each concept's strength, of a shape that goes with its gates on a context (b, m, d)."""
+        return _for_batch(self.strength, len(context), alone=False)
 
     def belonging(self, context: Tensor) -> Tensor:
         """How far each token is a concept's word, whatever its gate is set to: (b, m, d) -> (b, m, j), 0 to 1."""
@@ -249,6 +255,14 @@ class Directions:
         if not self.any_preserving:
             return opened
         return torch.where(self.preserving, preserving_gate(r, bias, temperature), opened)
+
+
+def of_own_word(belonging: Tensor) -> Tensor:
+    """Which tokens count as a concept's word, from how far they are: 0 to 1, with little between.
+
+    Belonging that is guessed from encodings seldom reaches 1, and is seldom 0.
+    """
+    return ((belonging - _FOREIGN) / (_OWN - _FOREIGN)).clamp(0, 1)
 
 
 def _through(linear: Callable[[Tensor], Tensor], tokens: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,7 +295,7 @@ def _for_batch(values: Tensor, batch: int, *, alone: bool = True) -> Tensor:
 class _Remembered:
     """What was computed from a context, its shift and its words, for as long as these very tensors live unchanged."""
 
-    def __init__(self, made_of: tuple[Tensor | None, ...], value: dict[str, Tensor]):
+    def __init__(self, made_of: tuple[Tensor | None, ...], value: Any):
         self._made_of = [None if tensor is None else weakref.ref(tensor) for tensor in made_of]
         self._versions = list(map(_version, made_of))
         self.value = value
@@ -302,6 +316,23 @@ def _version(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
+class _Memory:
+    """What was made of the last few contexts."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Remembered] = []
+
+    def value(self, made_of: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Any:
+        """What was made of these very tensors, or what ``make`` makes of them now."""
+        for entry in self._entries:
+            if entry.is_of(made_of):
+                return entry.value
+        value = make()
+        alive = [entry for entry in self._entries if entry.alive()][: _REMEMBERED_CONTEXTS - 1]
+        self._entries = [_Remembered(made_of, value), *alive]
+        return value
+
+
 class KeyValueEdit:
     """The edits of J concepts on the key and value projections of one model.
 
@@ -312,6 +343,9 @@ class KeyValueEdit:
     A host that knows whose word each token of a context is sets ``words`` (b, m) around the call: the number, of
     ``numbers``, of the concept whose word it is, 0 for others. Of concepts that are ``confined`` (j,), the edit is then
     at their own words alone, whatever r is elsewhere: W e_m of all other tokens stays as it is.
+
+    Concepts of a ``focus`` (j,) above 1 have their words looked at more: a host that can adds ``focus_bias`` before the
+    softmax of cross-attention.
     """
 
     def __init__(
@@ -323,7 +357,9 @@ class KeyValueEdit:
         numbers: Sequence[int] | None = None,
         anchored: Sequence[bool] | None = None,
         confined: Sequence[bool] | None = None,
+        focus: Sequence[float] | None = None,
     ):
+        self._focus = torch.tensor(focus).float().log() if focus and any(each != 1 for each in focus) else None
         self._confined = torch.tensor(confined) if confined and any(confined) else None
         self._flags_on: dict[torch.device, tuple[Any, ...]] = {}
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
@@ -335,7 +371,7 @@ class KeyValueEdit:
         self.key_lock = KeyLock(tuple(locks) if locks is not None else ("local",) * len(directions))
         self._placed: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._directions_on: dict[torch.device, Directions] = {}
-        self._remembered: list[_Remembered] = []
+        self._remembered, self._remembered_focus = _Memory(), _Memory()
 
     def project(
         self, layer: str, path: Literal["k", "v"], context: Tensor, linear: Callable[[Tensor], Tensor]
@@ -370,13 +406,7 @@ class KeyValueEdit:
         if torch.compiler.is_compiling() or (context.requires_grad and torch.is_grad_enabled()):
             return self._compute(context)
         made_of = context, self.key_lock.shift, self.words
-        for entry in self._remembered:
-            if entry.is_of(made_of):
-                return entry.value
-        value = self._compute(context)
-        alive = [entry for entry in self._remembered if entry.alive()][: _REMEMBERED_CONTEXTS - 1]
-        self._remembered = [_Remembered(made_of, value), *alive]
-        return value
+        return self._remembered.value(made_of, lambda: self._compute(context))
 
     def gates(self, context: Tensor) -> Tensor:
         """g of each token, before strength, by the words that are set: (b, m, d) -> (b, m, j), float32."""
@@ -392,6 +422,32 @@ class KeyValueEdit:
         """How far each token is a concept's word: exactly, where words are set. (b, m, d) -> (b, m, j), float32."""
         owners = self._owners(context)
         return self.directions_on(context.device).belonging(context) if owners is None else owners.float()
+
+    @property
+    def focuses(self) -> bool:
+        """Whether the words of any concept are to be looked at more than by themselves."""
+        return self._focus is not None
+
+    def focus_bias(self, context: Tensor) -> Tensor | None:
+        """What is added before the softmax of cross-attention, for all places alike: (b, m, d) -> (b, 1, m), float32;
+        None where no word is to be looked at more.
+
+        Of a word of concept j it is ``strength_j g_mj log(focus_j)``, of a strength that counts up to 1: at full
+        strength, with its gate open, the word's share of the attention is multiplied by the focus (before shares are
+        brought to a sum of 1); as the gate shuts, by less. No gradient goes through it.
+        """
+        if self._focus is None:
+            return None
+        if torch.compiler.is_compiling():
+            return self._focus_of(context)
+        return self._remembered_focus.value((context, self.words), lambda: self._focus_of(context))
+
+    def _focus_of(self, context: Tensor) -> Tensor:
+        assert self._focus is not None
+        with torch.no_grad(), _full_precision(context.device):
+            strength = self.directions_on(context.device).strength_of(context).clamp(0, 1)
+            share = strength * self.gates(context) * of_own_word(self.belonging(context))
+            return torch.einsum("bmj,j->bm", share, self._focus.to(share)).unsqueeze(1)
 
     def _owners(self, context: Tensor) -> Tensor | None:
         """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""

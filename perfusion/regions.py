@@ -19,9 +19,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-# Belonging that is guessed from encodings seldom reaches 1, and is seldom 0: below the first a word is not the
-# concept's, above the second it is.
-_FOREIGN, _OWN = 0.5, 0.8
+from .edit import of_own_word
+
 _LEAST = 1e-6
 
 
@@ -47,7 +46,7 @@ def attention_bias(belonging: Tensor, regions: Sequence[Tensor | None], size: tu
             continue
         shaped = interpolate(region[None, None].to(belonging).clamp(0, 1), size, mode="area")
         outside = 1 - rearrange(shaped, "1 1 h w -> (h w)")
-        own = ((belonging[..., j] - _FOREIGN) / (_OWN - _FOREIGN)).clamp(0, 1)
+        own = of_own_word(belonging[..., j])
         added = torch.log((1 - torch.einsum("bm,t->btm", own, outside)).clamp_min(_LEAST))
         bias = added if bias is None else bias + added
     return bias

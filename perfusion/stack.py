@@ -132,7 +132,12 @@ class ConceptStack:
     @property
     def tells_words(self) -> bool:
         """Whether the network has to be told whose word each token is."""
-        return len(self) > 1 or self.rescopes or any(use.region is not None for use in self.uses)
+        return len(self) > 1 or self.rescopes or self.focuses or any(use.region is not None for use in self.uses)
+
+    @property
+    def focuses(self) -> bool:
+        """Whether any word is to be looked at more than by itself."""
+        return any(use.concept.focus != 1 for use in self.uses)
 
     @property
     def rescopes(self) -> bool:
@@ -178,6 +183,7 @@ class ConceptStack:
             [word_number(concept.placeholder) for concept in concepts],
             [concept.anchored for concept in concepts],
             [concept.scope == "word" for concept in concepts],
+            [concept.focus for concept in concepts],
         )
 
 

@@ -37,11 +37,13 @@ class WordAttention:
         self._cross: dict[Size, tuple[Tensor, int]] = {}
         self._own: dict[Size, tuple[Tensor, int]] = {}
 
-    def add_cross(self, q: Tensor, k: Tensor, heads: int) -> None:
-        """Queries (b, t, i) and keys (b, m, i) of a cross-attention layer, i split among the heads."""
+    def add_cross(self, q: Tensor, k: Tensor, heads: int, bias: Tensor | None = None) -> None:
+        """Queries (b, t, i) and keys (b, m, i) of a cross-attention layer, i split among the heads, and what is added
+        before its softmax, (b, t or 1, m).
+        """
         if (q.shape[0], k.shape[1]) != tuple(self._word.shape):
             return  # a patch has changed the batch or the context: whose word is where is not known
-        attention = _attention(q, k, heads)
+        attention = _attention(q, k, heads, bias)
         self._add(self._cross, torch.einsum("btm,bm->bt", attention, self._word.to(attention)))
 
     def add_own(self, q: Tensor, k: Tensor, heads: int) -> None:
@@ -103,10 +105,13 @@ def collect(
     return torch.cat(maps)
 
 
-def _attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
+def _attention(q: Tensor, k: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
     """Softmaxed attention (b, t, m), mean over the heads, in float32."""
     q, k = (rearrange(x.float(), "b t (n i) -> b n t i", n=heads) for x in (q, k))
-    return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(1)
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if bias is not None and bias.ndim == 3 and bias.is_floating_point():
+        scores = scores + bias.float().unsqueeze(1)
+    return torch.softmax(scores, dim=-1).mean(1)
 
 
 def _places(size: Size) -> int:

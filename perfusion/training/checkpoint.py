@@ -162,7 +162,9 @@ def _fitting(path: Path, trainer: Trainer) -> tuple[dict[str, Tensor], dict[str,
     except (KeyError, ValueError, RecursionError) as error:
         raise _unusable(path, f"is damaged ({error})") from None
     now = settings(trainer)
-    then.setdefault("scope", "prompt")  # what it was before there was a choice
+    # What they were before there was a choice.
+    then.setdefault("scope", "prompt")
+    then.setdefault("focus", 1.0)
     if lowered is True and _at_once(now) < _at_once(then):
         then["micro_batch"] = now["micro_batch"]
     changed = [told for name in {**then, **now} for told in _difference(name, then.get(name), now.get(name))]

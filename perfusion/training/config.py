@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from ..edit import FORMS, Form
+from ..edit import FORMS, MAX_FOCUS, Form
 from ..scope import SCOPES, Scope
 from ..statistics import ESTIMATORS, Estimator
 
@@ -57,6 +57,11 @@ class TrainingConfig:
         "How far the word is heard in a prompt. word: by itself alone; all other words are read as if the "
         "super-category stood there, so that they keep their meaning. prompt: by all words behind it, as in the paper.",
     )
+    focus: float = _setting(
+        30.0,
+        "How many times more the model looks at the word, in training and in use: its looks then come from its values, "
+        "also where the model would rather look at other words. 1: as much as by itself, as in the paper.",
+    )
     contexts: int = _setting(240, "In how many varied captions the word is looked at to find it in any prompt.")
     vectors: int = _setting(1, "How many token embeddings the word has.")
     flip: bool = _setting(True, "Mirror half of the photos. Switch it off for things with writing or a left and right.")
@@ -81,6 +86,7 @@ class TrainingConfig:
         check("temperature", 0.001 <= self.temperature <= 10, "from 0.001 to 10")
         check("bias", -10 <= self.bias <= 10, "from -10 to 10")
         check("contexts", 8 <= self.contexts <= 2000, "8 to 2000")
+        check("focus", 1 <= self.focus <= MAX_FOCUS, f"from 1 to {MAX_FOCUS}")
         check("vectors", 1 <= self.vectors <= 32, "1 to 32")
         check("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
         check("estimator", self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
@@ -95,7 +101,7 @@ class TrainingConfig:
     @classmethod
     def paper(cls, **changes: Any) -> TrainingConfig:
         """The paper's own setup as far as it is known: its absolute rates, i* over short templates, 400 steps, the word
-        heard by all words behind it.
+        heard by all words behind it and looked at as much as any.
         """
         setup = {
             "steps": 400,
@@ -104,5 +110,6 @@ class TrainingConfig:
             "embedding_rate": 0.006,
             "estimator": "paper",
             "scope": "prompt",
+            "focus": 1.0,
         }
         return cls(**{**setup, **changes})

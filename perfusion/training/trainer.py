@@ -361,6 +361,7 @@ class Trainer:
             o_star_v={layer: (o - self._anchors[layer]).squeeze(0) for layer, o in self.o_star_v.items()},
             anchored=True,
             scope=self.config.scope,
+            focus=self.config.focus,
             form=self.config.form,
             estimator=self.config.estimator,
             training={**self.summary(self.steps_done), **extra},
@@ -395,8 +396,10 @@ class Trainer:
         """The edit that is being learned, with these i* and d*."""
         gate = Gate(self.config.bias, self.config.temperature)
         directions_ = Directions.of(i_star.unsqueeze(0), d_star.unsqueeze(0), [gate], [self.config.form])
-        alone = [self.config.scope == "word"]
-        return KeyValueEdit(directions_, self.e_super.unsqueeze(0), self.o_star_v, numbers=[1], confined=alone)
+        alone, focus = [self.config.scope == "word"], [self.config.focus]
+        return KeyValueEdit(
+            directions_, self.e_super.unsqueeze(0), self.o_star_v, numbers=[1], confined=alone, focus=focus
+        )
 
     def _draw(self, count: int, generator: torch.Generator) -> _Batch:
         photo = self.photos.draw(count, generator)

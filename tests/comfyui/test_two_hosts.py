@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,10 +41,9 @@ class TwoHosts:
     def __iter__(self) -> Any:
         return iter((self.comfy, self.diffusers))
 
-    def stack(self, lock: str) -> Any:
-        return self.lab.stack(
-            self.lab.concept(), self.lab.concept(CAT, "cat", seed=1, vectors=3, form="preserving"), lock=lock
-        )
+    def stack(self, lock: str, **changes: Any) -> Any:
+        one = replace(self.lab.concept(), **changes)
+        return self.lab.stack(one, self.lab.concept(CAT, "cat", seed=1, vectors=3, form="preserving"), lock=lock)
 
 
 def diffusers_parts() -> SimpleNamespace:
@@ -112,26 +112,34 @@ def test_text(hosts: TwoHosts, vectors: int | None) -> None:
     assert hosts.comfy.embedding_scale() == pytest.approx(hosts.diffusers.embedding_scale())
 
 
-@pytest.mark.parametrize("edited", [False, True])
-def test_network(hosts: TwoHosts, edited: bool) -> None:
-    stack = hosts.stack("local")
+@pytest.mark.parametrize(("edited", "focus"), [(False, 1.0), (True, 1.0), (True, 30.0)])
+def test_network(hosts: TwoHosts, edited: bool, focus: float) -> None:
+    stack = hosts.stack("local", focus=focus)
     word = hosts.word(TEDDY, "teddy bear", stack.concepts[0].embeddings)
     x, sigma, vectors = 3 * torch.randn(2, 4, 8, 8), torch.tensor([0.5, 7.3]), torch.randn(2, MINIATURE_CONTEXT_DIM)
     estimates, values = [], []
     for host in hosts:
         with host.training(), torch.no_grad():
             text = host.encode(PROMPTS[1:3], word)
-            estimates.append(host.denoise(x, sigma, text, stack.edit() if edited else None))
+            edit = stack.edit() if edited else None
+            if edit is not None:
+                edit.tell_own(text.word)
+            estimates.append(host.denoise(x, sigma, text, edit))
+            if focus > 1:
+                unfocused = hosts.stack("local").edit()
+                unfocused.tell_own(text.word)
+                assert not torch.allclose(estimates[-1], host.denoise(x, sigma, text, unfocused), atol=1e-2)
             values.append(host.project_values(vectors))
     assert torch.allclose(*estimates, atol=1e-4)
     for layer, expected in values[0].items():
         assert torch.allclose(expected, values[1][layer], atol=1e-5)
 
 
+@pytest.mark.parametrize("focus", [1.0, 30.0])
 @pytest.mark.parametrize("lock", ["local", "global"])
-def test_latents(hosts: TwoHosts, lock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents(hosts: TwoHosts, lock: str, focus: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock KSampler with Apply Concepts, and ``draw``: two concepts, guided, from the same seed."""
-    lab, stack = hosts.lab, hosts.stack(lock)
+    lab, stack = hosts.lab, hosts.stack(lock, focus=focus)
     prompt = f"a {CAT} and a {TEDDY} on the beach"
     model, clip = lab.apply(lab.model, lab.clip, *stack.concepts, lock=lock)
     positive, negative = lab.encode(clip, prompt), lab.encode(clip, "blurry")

@@ -142,6 +142,7 @@ OTHER: dict[str, Any] = {
     "form": "preserving",
     "estimator": "paper",
     "scope": "prompt",
+    "focus": 2.0,
     "contexts": 17,
     "vectors": 2,
     "flip": False,

@@ -253,6 +253,53 @@ def test_words_of_another_scope_have_versions_that_older_programs_refuse(
         a_concept(scope="sentence")
 
 
+@pytest.mark.parametrize("scope", ["word", "prompt"])
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("storage", ["half", "8bit"])
+def test_words_with_a_focus_have_a_version_of_their_own(
+    tmp_path: Path, storage: str, anchored: bool, scope: str
+) -> None:
+    concept = a_concept(storage=storage, anchored=anchored, scope=scope, focus=12.5)
+    assert concept.metadata["perfusion.format"] == "9"
+    found = load(concept.save(tmp_path / "it.safetensors"))
+    assert found.focus == 12.5
+    assert (found.scope, found.storage, found.anchored) == (scope, storage, anchored)
+    assert same(found, concept) and found.digest == concept.digest
+    plain = a_concept(storage=storage, anchored=anchored, scope=scope)
+    assert plain.digest != concept.digest, "other pictures, other digest"
+    assert load(plain.save(tmp_path / "plain.safetensors")).focus == 1
+    assert not {"perfusion.focus", "perfusion.like"} & set(plain.metadata)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"perfusion.like": "9"},
+        {"perfusion.like": None},
+        {"perfusion.focus": None},
+        {"perfusion.focus": "nan"},
+        {"perfusion.focus": "0.5"},
+        {"perfusion.focus": "1e9"},
+        {"perfusion.focus": "much"},
+        {"perfusion.focus": "13.0"},
+        {"perfusion.like": "1"},
+    ],
+)
+def test_a_damaged_focus_is_refused(tmp_path: Path, damage: dict[str, str | None]) -> None:
+    concept = a_concept(anchored=True, scope="word", focus=12.5)
+    metadata = {key: value for key, value in {**concept.metadata, **damage}.items() if value is not None}
+    path = tmp_path / "it.safetensors"
+    save_file(concept.tensors, path, metadata)
+    with pytest.raises(ConceptFileError, match=r"it\.safetensors"):
+        load(path)
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.99, 1001.0, float("nan"), float("inf")])
+def test_a_focus_lies_between_1_and_1000(focus: float) -> None:
+    with pytest.raises(ValueError, match="from 1 to 1000"):
+        a_concept(focus=focus)
+
+
 def test_storage_is_the_familys_unless_said_otherwise(tmp_path: Path) -> None:
     assert a_concept(SD1).storage == a_concept(SD2).storage == a_concept(SMALL).storage == "half"
     assert a_concept(SDXL).storage == "8bit"
@@ -562,7 +609,7 @@ def changed(path: Path, edit: Callable[[dict[str, Any], dict[str, str]], Any]) -
         pytest.param(lambda t, m: m.update({"perfusion.form": "preserving"}), "digest", id="other form"),
         pytest.param(lambda t, m: m.update({"perfusion.form": "baroque"}), "baroque", id="unknown form"),
         pytest.param(lambda t, m: m.update({"perfusion.estimator": ""}), "this version lacks", id="no estimator"),
-        pytest.param(lambda t, m: m.update({"perfusion.format": "9"}), "Update ComfyUI-Perfusion", id="newer"),
+        pytest.param(lambda t, m: m.update({"perfusion.format": "10"}), "Update ComfyUI-Perfusion", id="newer"),
         pytest.param(lambda t, m: m.update({"perfusion.format": "9" * 500}), "Update", id="much newer"),
         pytest.param(lambda t, m: m.pop("perfusion.format"), "no Perfusion concept", id="no format"),
         pytest.param(lambda t, m: m.pop("perfusion.placeholder"), "metadata is damaged", id="no placeholder"),

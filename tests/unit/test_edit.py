@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 import os
 import sys
 import types
@@ -169,6 +170,65 @@ def test_where_the_word_of_the_only_concept_is() -> None:
     unnumbered = world.edit()
     unnumbered.tell_own(word)
     assert unnumbered.words is None
+
+
+# --- focus
+
+
+def test_a_focus_multiplies_the_share_of_its_own_word_alone() -> None:
+    world = World(2, gates=[Gate(-9.0), Gate(-9.0)])  # open everywhere
+    context, words = world.context(batch=2), torch.zeros(2, 77, dtype=torch.long)
+    words[0, 2], words[0, 7], words[0, 8] = 11, 22, 22
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11, 22], focus=[1.0, 30.0])
+    edit.words = words
+    bias = edit.focus_bias(context)
+    assert edit.focuses and bias is not None and bias.shape == (2, 1, 77)
+    scores = torch.randn(2, 5, 77)
+    before, after = torch.softmax(scores, -1), torch.softmax(scores + bias, -1)
+    odds = (after / after[..., :1]) / (before / before[..., :1])
+    assert torch.allclose(odds[0, :, [7, 8]], torch.tensor(30.0), rtol=1e-3)
+    others = [m for m in range(77) if m not in (7, 8)]
+    assert torch.allclose(odds[0][:, others], torch.tensor(1.0), rtol=1e-4)
+    assert torch.equal(bias[1], torch.zeros(1, 77)), "a prompt without the words"
+    assert edit.focus_bias(context) is bias, "made once for all layers"
+    edit.words = words.flip(0)
+    assert torch.allclose(edit.focus_bias(context)[1], bias[0]), "and anew for other words"
+
+
+def test_a_focus_goes_with_strength_and_gate() -> None:
+    def of(gate_: Gate) -> float:
+        world = World(1, gates=[gate_])
+        context, words = world.context(batch=1), torch.zeros(1, 77, dtype=torch.long)
+        context[0, 4] = world.i_star[0]  # r = 1
+        words[0, 4] = 11
+        edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11], focus=[10.0])
+        edit.words = words
+        bias = edit.focus_bias(context)
+        assert bias is not None
+        return float(bias[0, 0, 4])
+
+    full = of(Gate(0.5, 0.05))
+    assert full == pytest.approx(math.log(10), rel=1e-3)
+    assert of(Gate(0.5, 0.05, 0.5)) == pytest.approx(full / 2)
+    assert of(Gate(0.5, 0.05, 3.0)) == pytest.approx(full), "a strength beyond 1 adds values, not attention"
+    assert of(Gate(0.5, 0.05, -1.0)) == 0
+    assert of(Gate(1.0, 0.05)) == pytest.approx(full / 2, rel=1e-3), "half open"
+    assert of(Gate(1.5, 0.05)) == pytest.approx(0, abs=1e-3), "shut"
+
+
+def test_without_focus_there_is_nothing_to_add() -> None:
+    world = World(2)
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, focus=[1.0, 1.0])
+    assert not edit.focuses and edit.focus_bias(world.context()) is None
+
+
+def test_a_word_that_nobody_told_of_is_known_by_its_encoding() -> None:
+    world = World(1)
+    context = 0.01 * torch.randn(1, 77, WIDTH)
+    context[0, 4] = world.i_star[0]
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11], focus=[10.0])
+    bias = edit.focus_bias(context)
+    assert bias is not None and bias[0, 0].nonzero().flatten().tolist() == [4] and float(bias[0, 0, 4]) > 1.5
 
 
 # --- oracle 1: perfusion-pytorch, one concept

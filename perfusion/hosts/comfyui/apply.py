@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...edit import Gate, KeyValueEdit
 from ...stack import ConceptStack, shut_words
-from .regions import confined
+from .steering import steered
 from .structure import projections
 from .text import KEY, KEY_SHIFT, KEY_WORDS, Companion
 
@@ -156,24 +156,24 @@ def _nothing(patcher: Any) -> None:
 
 def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one call of the network: those concepts are in whose part of sampling it is, the words of those with a
-    region are looked for there only, and what came with the conditioning, the shift and whose word each token is, is
-    handed to the edit in force.
+    region are looked for there only, those with a focus are looked at more, and what came with the conditioning, the
+    shift and whose word each token is, is handed to the edit in force.
     """
     shift, words = kwargs.pop(KEY_SHIFT, None), kwargs.pop(KEY_WORDS, None)
     patcher = getattr(executor.class_obj, "current_patcher", None)
     owner = patcher.get_attachment(KEY) if patcher is not None else None
     if owner is None or owner.edit is None:
         return executor(*args, **kwargs)
-    if not owner.scheduled and not owner.has_regions:
+    if not owner.scheduled and not owner.has_regions and not owner.edit.focuses:
         return _told(owner, shift, words, executor, args, kwargs)
     everything, chosen = owner.edit, _in_turn(owner.stack, args[1], executor.class_obj.model_sampling)
     owner.edit = owner.edit_of(chosen)
     try:
         if owner.edit is None:
             return executor(*args, **kwargs)
-        regions = [use.region for use in owner.stack.uses]
-        if any(region is not None for region in regions) and _is_whole(owner, args[0]):
-            args, kwargs = _with_options(args, kwargs, partial(confined, edit=owner.edit, regions=regions))
+        regions = [use.region for use in owner.stack.uses] if owner.has_regions and _is_whole(owner, args[0]) else []
+        if regions or owner.edit.focuses:
+            args, kwargs = _with_options(args, kwargs, partial(steered, edit=owner.edit, regions=regions))
         return _told(owner, shift, words, executor, args, kwargs)
     finally:
         owner.edit = everything

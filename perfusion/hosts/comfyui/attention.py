@@ -35,7 +35,7 @@ class _Layers:
         # A patch of somebody else may do a block's cross-attention in its own way, and this is the next layer's call.
         crossed = self._announced == k.shape[1] != q.shape[1]
         if crossed:
-            self._attention.add_cross(q, k, heads)
+            self._attention.add_cross(q, k, heads, args[0] if args else kwargs.get("mask"))
         elif q.shape[1] == k.shape[1]:
             self._attention.add_own(q, k, heads)
         self._announced = 0

@@ -27,6 +27,7 @@ from ..replacing import replaced_forwards
 from . import text as text_side
 from .apply import Applied, attach, detach
 from .attention import watching
+from .steering import steered
 from .structure import UnsupportedModelError, encoder_widths, family_of, projections
 
 _EVERYTHING = 10**20  # bytes
@@ -169,7 +170,9 @@ class ComfyHost:
             self._visited = False
         # It stays in force behind this call: checkpointed blocks are computed again in the backward pass.
         self._live.edit = edit
-        options = {"optimized_attention_override": _differentiable_attention}
+        options: dict[str, Any] = {"optimized_attention_override": _differentiable_attention}
+        if edit is not None and edit.focuses:
+            options = steered(options, edit=edit)
         return self._estimate(noisy, sigma, text, options, sizes)
 
     def attention_maps(self, latents: Tensor, prompts: Sequence[str], word: Word, levels: Sequence[float]) -> Tensor:

@@ -1,8 +1,8 @@
 """How edits are put over a network's projections and taken off again.
 
-The forward of whatever module stands at ``attn2.to_k`` or ``attn2.to_v`` is replaced on the instance, never the module:
-a low-rank adapter that has taken its place keeps working, and so do offloading hooks, attention processors and
-state-dict keys. Weights are read only by calling the replaced forward.
+The forward of whatever module stands at ``attn2.to_k`` or ``attn2.to_v``, and of ``attn2`` itself, is replaced on the
+instance, never the module: a low-rank adapter that has taken its place keeps working, and so do offloading hooks,
+attention processors and state-dict keys. Weights are read only by calling the replaced forward.
 """
 
 from __future__ import annotations
@@ -34,9 +34,34 @@ class _Forward:
         edit = self.owner.edit
         if edit is None:
             return self.previous(context, *args, **kwargs)
-        if self.owner.told_of is not None:
-            edit.key_lock.shift, edit.words = self.owner.told_of(context)
+        self.owner.tell(context)
         return edit.project(self.layer, self.path, context, self.previous)
+
+
+class _Attention:
+    """Stands in for the forward of one cross-attention layer, which looks at some words more."""
+
+    def __init__(self, owner: EditedProjections, previous: Callable[..., Tensor]):
+        self.owner = owner
+        self.previous = previous
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        edit = self.owner.edit
+        # Adapters hand pictures over beside the text, as a tuple: what they look at is theirs.
+        if edit is not None and edit.focuses and isinstance(encoder_hidden_states, Tensor):
+            self.owner.tell(encoder_hidden_states)
+            bias = edit.focus_bias(encoder_hidden_states)
+            if bias is not None:
+                bias = bias.to(hidden_states)
+                attention_mask = bias if attention_mask is None else attention_mask + bias
+        return self.previous(hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
 
 
 class EditedProjections:
@@ -52,6 +77,11 @@ class EditedProjections:
         self._unet = unet
         self._installed = False
 
+    def tell(self, context: Tensor) -> None:
+        """Set on the edit what belongs to a context."""
+        if self.told_of is not None and self.edit is not None:
+            self.edit.key_lock.shift, self.edit.words = self.told_of(context)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Puts the edit over the projections for the time of the outermost such block; leaves nothing patched.
@@ -66,6 +96,7 @@ class EditedProjections:
                 for path, module in (("k", attention.to_k), ("v", attention.to_v)):
                     _require_free(module)
                     stack.enter_context(replaced(module, "forward", _Forward(self, layer, path, module.forward)))
+                stack.enter_context(replaced(attention, "forward", _Attention(self, attention.forward)))
             self._installed = True
             try:
                 yield

@@ -1,4 +1,4 @@
-"""Keeping the model from looking for a concept's word outside its region, through transformer options of one call."""
+"""Where cross-attention looks for concepts' words, and how much, through transformer options of one call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ...edit import KeyValueEdit
 from ...regions import attention_bias, sizes_of
 
 
-def confined(options: dict[str, Any], *, edit: KeyValueEdit, regions: Sequence[Tensor | None]) -> dict[str, Any]:
-    """Transformer options with which cross-attention looks for the words of an edit's concepts in their regions.
+def steered(options: dict[str, Any], *, edit: KeyValueEdit, regions: Sequence[Tensor | None] = ()) -> dict[str, Any]:
+    """Transformer options with which cross-attention looks for the words of an edit's concepts in their regions, and
+    as much as their focus says.
 
     ``regions`` are (height, width) of the whole picture, None for a concept that may be anywhere. What other extensions
     have put into the options stays: their patches come first, and their attention does the work.
@@ -30,36 +31,43 @@ class _Layers:
     def __init__(self, edit: KeyValueEdit, regions: Sequence[Tensor | None], following: Callable[..., Tensor] | None):
         self._edit, self._regions, self._following = edit, regions, following
         self._context: Tensor | None = None
+        self._announced = 0  # places that look, in the layer whose attention comes next
         self._size: tuple[int, int] | None = None
         self._biases: dict[tuple[int, int], Tensor | None] = {}
         self._belonging: Tensor | None = None
 
     def announce(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, ...]:
         """The host's patch before a block's cross-attention, which changes nothing."""
-        height, width = extra["original_shape"][-2:]
-        size = sizes_of(height, width).get(n.shape[1])
         # All layers look at one context, unless another patch hands over its own.
         if context is not self._context:
             self._context, self._biases = context, {}
-            self._belonging = self._edit.belonging(context)
-        self._size = size
+            self._belonging = self._edit.belonging(context) if self._regions else None
+        self._announced = n.shape[1]
+        self._size = sizes_of(*extra["original_shape"][-2:]).get(n.shape[1]) if self._regions else None
         return n, context, value
 
     def attend(
         self, chosen: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> Tensor:
         """In place of the host's attention, which does the work."""
-        size, self._size = self._size, None
-        crossed = size is not None and self._context is not None and k.shape[:2] == self._context.shape[:2]
-        if size is not None and crossed and q.shape[1] == size[0] * size[1]:
-            bias = self._bias(size)
+        announced, self._announced = self._announced, 0
+        if announced == q.shape[1] and self._context is not None and k.shape[:2] == self._context.shape[:2]:
+            bias = self._bias(self._context)
             mask = args[0] if args else kwargs.pop("mask", None)
             args = (mask if bias is None else _added(bias.to(q), mask), *args[1:])
         if self._following is not None:
             return self._following(chosen, q, k, v, heads, *args, **kwargs)
         return chosen(q, k, v, heads, *args, **kwargs)
 
-    def _bias(self, size: tuple[int, int]) -> Tensor | None:
+    def _bias(self, context: Tensor) -> Tensor | None:
+        """What is added before the softmax: (b, places or 1, m)."""
+        parts = [self._region_bias(self._size), self._edit.focus_bias(context)]
+        present = [part for part in parts if part is not None]
+        return sum(present[1:], present[0]) if present else None
+
+    def _region_bias(self, size: tuple[int, int] | None) -> Tensor | None:
+        if size is None:
+            return None
         if size not in self._biases:
             assert self._belonging is not None
             self._biases[size] = attention_bias(self._belonging, self._regions, size)
@@ -70,4 +78,4 @@ def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
     """A bias together with a mask of somebody else: numbers to add, or bool where attention is allowed."""
     if mask is None:
         return bias
-    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
