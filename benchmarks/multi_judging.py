@@ -83,13 +83,12 @@ def joined(readings: Sequence[Reading]) -> Reading:
 class Eyes:
     """Reads pictures for a set of concepts."""
 
-    def __init__(self, metrics: Metrics, things: Sequence[Thing]):
-        self.kinds = [kind for kind, _ in things]
+    def __init__(self, metrics: Metrics, kinds: Sequence[str], looks: Sequence[Look]):
+        self.kinds = list(kinds)
         self.same = len(set(self.kinds)) < len(self.kinds)
         if self.same and len(self.kinds) > 2:
             raise ValueError("things of one super-category are told apart by halves of the picture: two, no more")
         self._metrics = metrics
-        looks = [look_of(thing) for thing in things]
         self._known = {kind: self._references(kind, looks) for kind in dict.fromkeys(self.kinds)}
 
     def read(self, pictures: Tensor) -> Reading:

@@ -9,6 +9,7 @@ show in photos: prompts ask for no other style. They carry no prompt weights: th
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,12 @@ def templates(things: int, count: int, rng: Random) -> list[str]:
         named = [f"{rng.choice(ADJECTIVES)} {place}" for place in places]
         found.append(rng.choice(LISTS).format(f"{', '.join(named[:-1])} and {named[-1]}"))
     return found
+
+
+def order_in(texts: Sequence[str], things: int) -> Tensor:
+    """As which of its things, 0 the first, each text names ``{k}``: (b, things)."""
+    places = torch.tensor([[text.index(f"{{{k}}}") for k in range(things)] for text in texts])
+    return places.argsort(1).argsort(1)
 
 
 def scene_with(kinds: Sequence[str], looks: Sequence[Look], rng: Random) -> world.Scene:
@@ -95,17 +102,23 @@ class Pictures:
     def measured(self, name: str, sets: Sequence[tuple[Sequence[Thing], ConceptStack]]) -> dict[str, Any]:
         """The figures of an arrangement: see ``figures``."""
         found: dict[str, list[Reading]] = defaultdict(list)
+        order: list[Tensor] = []
         for things, stack in tqdm(sets, desc=f"{name}: pictures"):
-            eyes = Eyes(self.metrics, things)
-            for way, reading in self._drawn(eyes, things, stack, Random(f"pictures {name} {things}")).items():
+            eyes = Eyes(self.metrics, [kind for kind, _ in things], list(map(look_of, things)))
+            texts = templates(len(things), self.count, rng := Random(f"pictures {name} {things}"))
+            order.append(order_in(texts, len(things)))
+            for way, reading in self._drawn(eyes, things, stack, texts, rng).items():
                 found[way].append(reading)
             for way, reading in rendered_readings(eyes, things, Random(f"renders {name} {things}")).items():
                 found[way].append(reading)
-        return figures({way: joined(readings) for way, readings in found.items()})
+        return figures({way: joined(readings) for way, readings in found.items()}, torch.cat(order))
 
-    def _drawn(self, eyes: Eyes, things: Sequence[Thing], stack: ConceptStack, rng: Random) -> dict[str, Reading]:
-        """Readings of "stack", "base" and "single"; of the last, concept k is read where it alone is no plain word."""
-        texts = templates(len(things), self.count, rng)
+    def _drawn(
+        self, eyes: Eyes, things: Sequence[Thing], stack: ConceptStack, texts: Sequence[str], rng: Random
+    ) -> dict[str, Reading]:
+        """Readings of "stack", "base", "known" and "single"; of the last, concept k is read where it alone is no plain
+        word.
+        """
         seeds = [rng.getrandbits(32) for _ in texts]
 
         def drawn(stack: ConceptStack, words: Sequence[str]) -> Tensor:
@@ -123,7 +136,16 @@ class Pictures:
             torch.stack([alone[k].present[:, k] for k in columns], 1),
             torch.stack([alone[k].nearest[:, k] for k in columns], 1),
         )
-        return {"stack": eyes.read(together), "base": eyes.read(base), "single": single}
+        names = [world.KNOWN[kind][number] for kind, number in things]
+        nameless = [re.sub(r"\ba (?={)", "", text) for text in texts]  # names go without an article
+        known = draw(self.host, ConceptStack(), [text.format(*names) for text in nameless], seeds, **SAMPLER)
+        of_known = Eyes(self.metrics, eyes.kinds, list(map(world.known_look, names)))
+        return {
+            "stack": eyes.read(together),
+            "base": eyes.read(base),
+            "known": of_known.read(known),
+            "single": single,
+        }
 
 
 def rendered_readings(eyes: Eyes, things: Sequence[Thing], rng: Random) -> dict[str, Reading]:
@@ -140,16 +162,25 @@ def rendered_readings(eyes: Eyes, things: Sequence[Thing], rng: Random) -> dict[
     return {way: eyes.read(rendered(shown)) for way, shown in scenes.items()}
 
 
-def figures(found: dict[str, Reading]) -> dict[str, Any]:
+def figures(found: dict[str, Reading], order: Tensor) -> dict[str, Any]:
     """Shares of pictures ("present", "base_present", "success") and of concepts (all others), each with its error.
 
     "present" and "base_present": a thing for every concept, drawn with concepts and with plain super-categories.
     "own", "blend", "stranger" and "success" are what ``Reading`` says; "base_own" is how often chance makes one's own.
-    "single_own": own, where a concept is the only one of its prompt. "success_over_base" and "own_over_single": what is
-    left of the base model's and of the single concept's share; None where there is hardly any. "renders": how much is
-    called a success of scenes that are one ("right") and that are none (all others); "own" and "present" of the former.
+    "single_own": own, where a concept is the only one of its prompt. "known_own" and "known_success": the same for
+    things that the model has names for since it was trained, in the same prompts, which shows how much of a look the
+    model itself can put into such pictures. "success_over_base", "success_over_known" and "own_over_single": what is
+    left of the base model's, the known things' and the single concept's share; None where there is hardly any.
+    "own_as", "single_own_as" and "known_own_as": own by whether it is named first, second and so on, by ``order``
+    (b, J). "renders": how much is called a success of scenes that are one ("right") and that are none (all others);
+    "own" and "present" of the former.
     """
-    stack, base, single = found["stack"], found["base"], found["single"]
+    stack, base, single, known = found["stack"], found["base"], found["single"], found["known"]
+
+    def by_place(reading: Reading) -> list[float]:
+        places = range(order.shape[1])
+        return [round(float(reading.own[order == place].float().mean()), 4) for place in places]
+
     right = found["right"]
     shares = {
         "present": stack.all_present,
@@ -162,13 +193,22 @@ def figures(found: dict[str, Reading]) -> dict[str, Any]:
         "base_each_present": base.present,
         "base_own": base.own,
         "single_own": single.own,
+        "known_own": known.own,
+        "known_success": known.success,
     }
-    ratios = {"success_over_base": (stack.success, base.all_present), "own_over_single": (stack.own, single.own)}
+    ratios = {
+        "success_over_base": (stack.success, base.all_present),
+        "success_over_known": (stack.success, known.success),
+        "own_over_single": (stack.own, single.own),
+    }
     of_ratios = {name: ratio(*parts) for name, parts in ratios.items()}
     return {
         "pictures": len(stack.present),
         **{name: round(float(share.float().mean()), 4) for name, share in shares.items()},
         **{name: value for name, (value, _) in of_ratios.items()},
+        "own_as": by_place(stack),
+        "single_own_as": by_place(single),
+        "known_own_as": by_place(known),
         "errors": {
             **{name: standard_error(share) for name, share in shares.items()},
             **{name: error for name, (_, error) in of_ratios.items()},

@@ -192,7 +192,8 @@ def test_a_focus_multiplies_the_share_of_its_own_word_alone() -> None:
     assert torch.equal(bias[1], torch.zeros(1, 77)), "a prompt without the words"
     assert edit.focus_bias(context) is bias, "made once for all layers"
     edit.words = words.flip(0)
-    assert torch.allclose(edit.focus_bias(context)[1], bias[0]), "and anew for other words"
+    of_others = edit.focus_bias(context)
+    assert of_others is not None and of_others[1, 0, 2] == 0 < of_others[1, 0, 7], "and anew for other words"
 
 
 def test_a_focus_goes_with_strength_and_gate() -> None:

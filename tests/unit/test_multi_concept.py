@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from benchmarks.multi_judging import Reading, halves, joined, look_of, windows
-from benchmarks.multi_pictures import MISTAKES, figures, mistaken, ratio, scene_with, scene_without, templates
+from benchmarks.multi_pictures import MISTAKES, figures, mistaken, order_in, ratio, scene_with, scene_without, templates
 
 KINDS = ("cat", "car", "cup")
 
@@ -108,7 +108,15 @@ def test_ratios_need_something_to_compare_with() -> None:
 def test_figures_of_one_perfect_arrangement() -> None:
     perfect = reading([[1, 1]] * 3, [[0, 1]] * 3)
     plain = reading([[1, 1], [1, 1], [1, 0]], [[4, 5], [6, 4], [0, 9]])
-    found = figures({"stack": perfect, "base": plain, "single": perfect, "right": perfect, "same": plain})
+    ways = {"stack": perfect, "base": plain, "single": perfect, "known": plain, "right": perfect, "same": plain}
+    order = order_in(["a {1} and a {0}", "{0}, {1}", "{0}, {1}"], 2)
+    assert order.tolist() == [[1, 0], [0, 1], [0, 1]]
+    found = figures(ways, order)
+    assert found["own_as"] == [1.0, 1.0]
+    assert found["known_own"] == pytest.approx(1 / 6, abs=1e-4) and found["known_success"] == 0.0
+    assert found["success_over_known"] is None
+    first_alone = reading([[1, 1]] * 3, [[5, 1], [0, 5], [0, 5]])
+    assert figures({**ways, "stack": first_alone}, order)["own_as"] == [1.0, 0.0]
     assert found["success"] == found["own"] == found["own_over_single"] == 1.0
     assert found["base_present"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["success_over_base"] == 1.5
