@@ -58,7 +58,7 @@ class TrainingConfig:
         "super-category stood there, so that they keep their meaning. prompt: by all words behind it, as in the paper.",
     )
     focus: float = _setting(
-        30.0,
+        20.0,
         "How many times more the model looks at the word, in training and in use: its looks then come from its values, "
         "also where the model would rather look at other words. 1: as much as by itself, as in the paper.",
     )
