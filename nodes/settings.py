@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..perfusion.concept import Concept
-from ..perfusion.edit import Gate
+from ..perfusion.edit import MAX_FOCUS_SHARE, Gate
 from ..perfusion.hosts.comfyui import library
 from ..perfusion.locking import LOCKS
 from ..perfusion.stack import ConceptStack, ConceptUse
@@ -58,12 +58,28 @@ def _settings() -> list[io.Input]:
     ]
 
 
+def _focus_share() -> io.Input:
+    """The last input of these nodes: it came later than all others, and saved workflows tell widgets by their order."""
+    return io.Float.Input(
+        "focus_share",
+        default=1.0,
+        min=0.0,
+        max=MAX_FOCUS_SHARE,
+        step=0.05,
+        optional=True,
+        tooltip="How much of the focus it was trained with the concept's word has. 1: as trained. Lower: the rest of "
+        "the prompt gets more room. 0: the model looks at it as much as by itself.",
+    )
+
+
 def _changes(node: str, settings: dict[str, Any]) -> Callable[[ConceptUse], ConceptUse]:
     """What the settings make of a concept's use."""
     region = settings.get("region")
     with naming(node, "region"):
         region = None if region is None else _region(region)
-    gate = Gate(settings["bias"], settings["temperature"], settings["strength"] if settings["on"] else 0.0)
+    strength = settings["strength"] if settings["on"] else 0.0
+    with naming(node):
+        gate = Gate(settings["bias"], settings["temperature"], strength, settings.get("focus_share", 1.0))
     fixed = settings["key_lock"] != BY_APPLY
     further: dict[str, Any] = {"lock": settings["key_lock"]} if fixed else {}
 
@@ -107,6 +123,7 @@ class PerfusionLoadConcept(io.ComfyNode):
                 ),
                 *_settings(),
                 Concepts.Input("concepts", optional=True, tooltip="Concepts to go along with, from a node like this."),
+                _focus_share(),
             ],
             outputs=[Concepts.Output(display_name="concepts", tooltip="For Apply Concepts, or the next of the chain.")],
         )
@@ -159,6 +176,7 @@ class PerfusionConceptSettings(io.ComfyNode):
                     tooltip="The concept's word, such as <my-teddy>. Left empty, all concepts that arrive are set.",
                 ),
                 *_settings(),
+                _focus_share(),
             ],
             outputs=[Concepts.Output(display_name="concepts", tooltip="The same concepts, with these settings.")],
         )

@@ -32,7 +32,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,7 +47,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 # Beyond this cosine (in the metric of d*) two concepts cannot be told apart: the inverse of G would amplify noise.
 PARALLEL = 0.995
 _MAX_GRAM_CONDITION = 1e6
-MAX_FOCUS = 1000
+MAX_FOCUS, MAX_FOCUS_SHARE = 1000, 2.0
 _REMEMBERED_CONTEXTS = 4
 _COMPETITION = 0.1  # temperature of the concepts' shares
 _FOREIGN, _OWN = 0.5, 0.8  # below the first belonging a token is no word of a concept, above the second it is
@@ -59,13 +59,20 @@ class ParallelConceptsError(ValueError):
 
 @dataclass(frozen=True)
 class Gate:
-    """One concept's gate: bias beta, temperature tau, and how strongly its edit is applied (0 to 1, or beyond)."""
+    """One concept's gate: bias beta, temperature tau, and how strongly its edit is applied (0 to 1, or beyond).
+
+    ``focus_share`` is how much of the focus that the concept was trained with its word has: 1 all of it, 0 none, and
+    between as far in the logarithm.
+    """
 
     bias: float = 0.6
     temperature: float = 0.15
     strength: float = 1.0
+    focus_share: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.focus_share <= MAX_FOCUS_SHARE:
+            raise ValueError(f"focus_share is {self.focus_share}; it must be from 0 to {MAX_FOCUS_SHARE:g}")
         if not (self.temperature > 0 and all(map(math.isfinite, vars(self).values()))):
             raise ValueError(f"a gate's temperature must be above 0, and all its numbers finite: {self}")
 
@@ -129,7 +136,7 @@ class Directions:
 
     ``detector`` (d, 3j) gives r in its first J columns, what is subtracted in the next, and a = S G^-1 of all concepts,
     by which they compete, in the last; where they do not, it is (d, 2j). ``preserving`` is (j,), and so are ``bias``,
-    ``temperature`` and ``strength``, or (rows, 1, j) where each row of a batch has gates of its own.
+    ``temperature``, ``strength`` and ``focus_share``, or (rows, 1, j) where each row of a batch has gates of its own.
     """
 
     i_star: Tensor
@@ -137,6 +144,7 @@ class Directions:
     bias: Tensor
     temperature: Tensor
     strength: Tensor
+    focus_share: Tensor
     preserving: Tensor
     any_preserving: bool
     competing: bool
@@ -175,6 +183,7 @@ class Directions:
             bias=torch.tensor([g.bias for g in gates]),
             temperature=torch.tensor([g.temperature for g in gates]),
             strength=torch.tensor([g.strength for g in gates]),
+            focus_share=torch.tensor([g.focus_share for g in gates]),
             preserving=preserving,
             any_preserving="preserving" in forms,
             competing=competing,
@@ -195,7 +204,7 @@ class Directions:
         def table(name: str) -> Tensor:
             return torch.tensor([[[getattr(gate, name) for gate in gates]] for gates in rows]).to(self.bias)
 
-        return replace(self, bias=table("bias"), temperature=table("temperature"), strength=table("strength"))
+        return replace(self, **{field.name: table(field.name) for field in fields(Gate)})
 
     def to(self, device: torch.device) -> Directions:
         """The same on another device."""
@@ -211,7 +220,7 @@ class Directions:
             _, subtracted, opened = self._read(context, owners)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
-            strength = self.strength_of(context)
+            strength = _for_batch(self.strength, len(context), alone=False)
             return -strength * subtracted, strength * opened
 
     def gates(self, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -223,9 +232,11 @@ class Directions:
             r, _, opened = self._read(context, owners)
         return r, opened
 
-    def strength_of(self, context: Tensor) -> Tensor:
-        """Each concept's strength, of a shape that goes with its gates on a context (b, m, d)."""
-        return _for_batch(self.strength, len(context), alone=False)
+    def focused(self, context: Tensor) -> Tensor:
+        """How far each concept's focus counts: its share, as far as the concept is applied at all; of a shape that goes
+        with gates on a context (b, m, d).
+        """
+        return _for_batch(self.strength.clamp(0, 1) * self.focus_share, len(context), alone=False)
 
     def belonging(self, context: Tensor) -> Tensor:
         """How far each token is a concept's word, whatever its gate is set to: (b, m, d) -> (b, m, j), 0 to 1."""
@@ -432,9 +443,9 @@ class KeyValueEdit:
         """What is added before the softmax of cross-attention, for all places alike: (b, m, d) -> (b, 1, m), float32;
         None where no word is to be looked at more.
 
-        Of a word of concept j it is ``strength_j g_mj log(focus_j)``, of a strength that counts up to 1: at full
-        strength, with its gate open, the word's share of the attention is multiplied by the focus (before shares are
-        brought to a sum of 1); as the gate shuts, by less. No gradient goes through it.
+        Of a word of concept j it is ``share_j strength_j g_mj log(focus_j)``, of a strength that counts up to 1: at
+        full share and strength, with its gate open, the word's part of the attention is multiplied by the focus (before
+        all parts are brought to a sum of 1); as the gate shuts, by less. No gradient goes through it.
         """
         if self._focus is None:
             return None
@@ -445,8 +456,8 @@ class KeyValueEdit:
     def _focus_of(self, context: Tensor) -> Tensor:
         assert self._focus is not None
         with torch.no_grad(), _full_precision(context.device):
-            strength = self.directions_on(context.device).strength_of(context).clamp(0, 1)
-            share = strength * self.gates(context) * of_own_word(self.belonging(context))
+            counting = self.directions_on(context.device).focused(context)
+            share = counting * self.gates(context) * of_own_word(self.belonging(context))
             return torch.einsum("bmj,j->bm", share, self._focus.to(share)).unsqueeze(1)
 
     def _owners(self, context: Tensor) -> Tensor | None:

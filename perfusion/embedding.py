@@ -5,7 +5,8 @@
 
 The parts are a fixed word, the version of this form, the concept's word, its settings, the sha256 of all that stands
 before it and of the file, and the file in base64. Version 2 is that of concepts with a key lock of their own or in a
-part of sampling only. Equal concepts with equal settings give equal text; a thumbnail stays out.
+part of sampling only, version 3 that of those with another focus share than 1. Equal concepts with equal settings give
+equal text; a thumbnail stays out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .locking import LOCKS, Lock
 from .stack import MAX_CONCEPTS, ConceptStack, ConceptUse
 
 PREFIX = "perfusion-concept"
-VERSIONS = ("1", "2")
+VERSIONS = ("1", "2", "3")
 MAX_CHARACTERS = 4_000_000
 _NUMBERS = ("bias", "temperature", "strength")
 _SCHEDULE = ("start", "end")
@@ -72,10 +73,13 @@ def _line(use: ConceptUse) -> str:
         )
     settings = {name: repr(float(getattr(use.gate, name))) for name in _NUMBERS} | {"lock": use.lock}
     version = VERSIONS[0]
-    if use.lock_fixed or not use.always:
+    if use.lock_fixed or not use.always or use.gate.focus_share != 1:
         version = VERSIONS[1]
         settings |= {name: repr(float(getattr(use, name))) for name in _SCHEDULE}
         settings["lock_fixed"] = str(int(use.lock_fixed))
+    if use.gate.focus_share != 1:
+        version = VERSIONS[2]
+        settings["focus_share"] = repr(float(use.gate.focus_share))
     told = ",".join(f"{name}={value}" for name, value in settings.items())
     file = replace(use.concept, thumbnail="").to_bytes()
     head = f"{PREFIX} {version} {use.concept.placeholder} {told}"
@@ -97,7 +101,7 @@ def _use(line: str, number: int) -> ConceptUse:
     if version not in VERSIONS:
         raise EmbeddedConceptError(
             f"line {number} has format version {version[:20]!r}, and this ComfyUI-Perfusion reads "
-            f"{' and '.join(VERSIONS)}. Update it."
+            f"{VERSIONS[0]} to {VERSIONS[-1]}. Update it."
         )
     damaged = EmbeddedConceptError(
         f"line {number} is damaged: its content is not what its digest says. Open the original workflow again, or "
@@ -121,7 +125,8 @@ def _use(line: str, number: int) -> ConceptUse:
 def _with_settings(concept: Concept, version: str, text: str, number: int) -> ConceptUse:
     pairs = [part.partition("=") for part in text.split(",")]
     given = {name: value for name, _, value in pairs}
-    further = {*_SCHEDULE, "lock_fixed"} if version == VERSIONS[1] else set()
+    further = {*_SCHEDULE, "lock_fixed"} if version != VERSIONS[0] else set()
+    further |= {"focus_share"} if version == VERSIONS[2] else set()
     if (
         set(given) != {*_NUMBERS, "lock", *further}
         or given["lock"] not in LOCKS
@@ -133,7 +138,7 @@ def _with_settings(concept: Concept, version: str, text: str, number: int) -> Co
     try:
         return ConceptUse(
             concept,
-            Gate(**{name: float(given[name]) for name in _NUMBERS}),
+            Gate(**{name: float(given[name]) for name in (*_NUMBERS, "focus_share") if name in given}),
             cast(Lock, given["lock"]),
             start=float(given.get("start", 0)),
             end=float(given.get("end", 1)),

@@ -43,6 +43,7 @@ class Setting:
     strength: float | None = None
     lock: Lock | None = None
     guidance: float | None = None
+    focus_share: float | None = None
 
     def gate(self, own: Gate) -> Gate:
         """A concept's gate with this setting."""

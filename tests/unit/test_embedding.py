@@ -89,7 +89,7 @@ def flipped(text: str, place: int) -> str:
     ("text", "message"),
     [
         (changed(0, "hello"), "line 2 is no embedded concept.*clear it and run"),
-        (changed(1, "3"), "line 2 has format version '3'.*reads 1 and 2. Update"),
+        (changed(1, "4"), "line 2 has format version '4'.*reads 1 to 3. Update"),
         (changed(1, ""), "line 2 has format version"),
         (changed(2, "<my-dog>"), "line 2 is damaged.*Open the original workflow"),
         (changed(3, "bias=0.1,temperature=0.15,strength=1.0,lock=local"), "line 2 is damaged"),
@@ -164,6 +164,20 @@ def test_a_schedule_and_an_own_lock_go_along_as_version_2() -> None:
     assert [line.split()[1] for line in text.splitlines()] == ["2", "2"]
     assert [(u.start, u.end, u.lock, u.lock_fixed) for u in from_text(text).uses] == [(0.2, 0.75, "global", True)] * 2
     assert [u.lock for u in from_text(text).locked("local").uses] == ["global", "global"]
+
+
+def test_a_focus_share_goes_along_as_version_3() -> None:
+    text = to_text(stack(gate=Gate(focus_share=0.25), start=0.5))
+    assert [line.split()[1] for line in text.splitlines()] == ["3", "3"]
+    assert [(u.gate.focus_share, u.start) for u in from_text(text).uses] == [(0.25, 0.5)] * 2
+    assert to_text(from_text(text)) == text
+
+
+@pytest.mark.parametrize("wrong", ["", ",focus_share=nan", ",focus_share=-1", ",focus_share=2.5"])
+def test_a_focus_share_of_version_3_is_checked_too(wrong: str) -> None:
+    settings = f"bias=0.6,temperature=0.15,strength=1.0,lock=local,start=0.0,end=1.0,lock_fixed=0{wrong}"
+    with pytest.raises(EmbeddedConceptError, match="line 1"):
+        from_text(forged(a_concept().to_bytes(), settings, version=3))
 
 
 @pytest.mark.parametrize(

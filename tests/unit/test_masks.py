@@ -72,6 +72,10 @@ def test_the_share_of_attention_that_a_word_gets() -> None:
     collected.add_cross(q, k, heads=2)
     heads = [torch.softmax(q[..., [n]] @ k[..., [n]].mT, dim=-1)[..., 1:].sum(-1) for n in (0, 1)]
     assert torch.allclose(collected.maps(), (torch.stack(heads).mean(0)).view(1, 2, 3))
+    biased, bias = WordAttention(torch.tensor([[False, True, True]]), (2, 3)), torch.tensor([[[0.0, 2.0, -1.0]]])
+    biased.add_cross(q, k, 2, bias)
+    heads = [torch.softmax(q[..., [n]] @ k[..., [n]].mT + bias, dim=-1)[..., 1:].sum(-1) for n in (0, 1)]
+    assert torch.allclose(biased.maps(), (torch.stack(heads).mean(0)).view(1, 2, 3))
 
 
 def test_self_attention_carries_the_word_along() -> None:

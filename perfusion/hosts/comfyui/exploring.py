@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -79,7 +79,8 @@ class TradeOffDrawing:
         """
         for (_, guidance), group in groupby(settings, key=lambda setting: (setting.lock, setting.guidance)):
             cells = list(group)
-            stack = replace(cells[0], bias=None, temperature=None, strength=None).applied(self._stack, self._word)
+            own = dict.fromkeys((field.name for field in fields(Gate)), None)
+            stack = replace(cells[0], **own).applied(self._stack, self._word)
             model, clip = apply_concepts(self._model, self._clip, stack)
             positive, negative = (
                 clip.encode_from_tokens_scheduled(clip.tokenize(text))

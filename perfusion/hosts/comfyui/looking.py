@@ -22,9 +22,9 @@ class _Switch:
     def __init__(self) -> None:
         self.current: WordAttention | None = None
 
-    def add_cross(self, q: Tensor, k: Tensor, heads: int) -> None:
+    def add_cross(self, q: Tensor, k: Tensor, heads: int, bias: Tensor | None = None) -> None:
         if self.current is not None:
-            self.current.add_cross(q, k, heads)
+            self.current.add_cross(q, k, heads, bias)
 
     def add_own(self, q: Tensor, k: Tensor, heads: int) -> None:
         if self.current is not None:
