@@ -36,6 +36,7 @@ TABLE = {
     "photos encoded each step": "latents are not kept",
     "prompts encoded each sample": "one encoding for each sample, as a loop over samples has it",
     "micro batches of 1": "the batch one after the other",
+    "encoders as stored": "their half precision is converted at each use",
     "kept for frozen weights": "layers keep what gradients of weights would need",
     "gradients of frozen weights": "weights are not told that nobody trains them",
     "fused attention": "the kernel for all maps of attention",
@@ -277,6 +278,18 @@ def _prompts_each_sample(pack: Any, host: Any, trainer: Any, photos: torch.Tenso
 
 
 @contextmanager
+def _encoders_as_stored(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
+    """The numbers are those of half precision, so that they fit in it again."""
+    layers = [module for module in host.clip.cond_stage_model.modules() if isinstance(module, torch.nn.Linear)]
+    with ExitStack() as stack:
+        for layer in layers:
+            before = layer.weight.data
+            layer.weight.data = before.half()
+            stack.callback(setattr, layer.weight, "data", before)
+        yield
+
+
+@contextmanager
 def _kept_for_frozen_weights(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
     with _attribute(pack.module("perfusion.hosts.frozen"), "frozen", lambda module, x: type(module).forward(module, x)):
         yield
@@ -324,6 +337,7 @@ def _compiled(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Itera
 _CHANGES: dict[str, Any] = {
     "photos encoded each step": _photos_each_step,
     "prompts encoded each sample": _prompts_each_sample,
+    "encoders as stored": _encoders_as_stored,
     "kept for frozen weights": _kept_for_frozen_weights,
     "gradients of frozen weights": _gradients_of_frozen_weights,
     "fused attention": _attention("attention_pytorch"),

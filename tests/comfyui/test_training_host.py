@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,32 @@ def test_a_model_in_half_precision_trains_in_more_each_time(comfy_host: ComfyHos
         with host.training():
             seen.append(module._compute_dtype(host._model.model))
     assert seen == [torch.float32] * 3
+
+
+def test_encoders_stored_in_half_precision_are_converted_once(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which changes no number, and leaves them as they were, also when a training fails."""
+    encoder = training.parts.clip.cond_stage_model
+    layers = [module for module in encoder.modules() if isinstance(module, torch.nn.Linear)]
+    for layer in layers:
+        layer.half()
+
+    def stored() -> list[torch.Tensor]:
+        return [parameter.detach().clone() for layer in layers for parameter in layer.parameters()]
+
+    before = stored()
+    assert {tensor.dtype for tensor in before} == {torch.float16}
+    with pytest.raises(ZeroDivisionError), training.host.training():
+        assert {tensor.dtype for tensor in stored()} == {torch.float32}
+        raise ZeroDivisionError
+    with torch.inference_mode():
+        once = training.run()
+        module = training.pack.module("perfusion.hosts.comfyui.training")
+        monkeypatch.setattr(module, "widened", lambda layers: contextlib.nullcontext())
+        assert training.run().digest == once.digest
+    after = stored()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_a_training_that_cannot_begin_leaves_nothing_patched(

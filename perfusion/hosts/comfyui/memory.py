@@ -42,7 +42,9 @@ def training_bytes(host: ComfyHost, config: TrainingConfig) -> int:
     if stored != compute:
         edited = [layer.weight.numel() for _, *both in projections(model.diffusion_model) for layer in both]
         kept += sum(edited) * compute.itemsize
-    if not comfy.model_management.is_device_cpu(host.device):
+    if comfy.model_management.is_device_cpu(host.device):
+        kept += sum(layer.weight.numel() * layer.weight.itemsize for layer in host.narrow_layers)  # twice as wide
+    else:
         kept += host.model.model_size() + host.clip.patcher.model_size()
     return kept
 

@@ -31,6 +31,7 @@ from .steering import steered
 from .structure import UnsupportedModelError, encoder_widths, family_of, projections
 
 _EVERYTHING = 10**20  # bytes
+_HALF = (torch.float16, torch.bfloat16)
 _LARGE_MAP = 512 * 512  # of attention, in numbers for each head
 _PIXELS = 8  # along each side of a latent pixel, as the host counts when it tells SDXL the size of a picture
 _PROBES = ("a photo of a cat", "Two red chairs, by the sea; 1987!")
@@ -247,6 +248,7 @@ class ComfyHost:
             self._clip.load_model = lambda tokens=None: self._clip.patcher
             stack.callback(vars(self._clip).pop, "load_model")
             self._make_ordinary()
+            stack.enter_context(widened(self.narrow_layers))
             stack.enter_context(_differentiable_encoders(self._clip.cond_stage_model))
             stack.enter_context(
                 frozen_layers(self._model.model.diffusion_model, self._clip.cond_stage_model, patched=_patched)
@@ -286,6 +288,16 @@ class ComfyHost:
     def _in_training(self) -> bool:
         """Whether a ``training`` block is open, in which everything is loaded and stays so."""
         return "load_model" in vars(self._clip)
+
+    @property
+    def narrow_layers(self) -> list[torch.nn.Linear]:
+        """Linear layers of the encoders on a CPU that are stored in half precision. They compute in 32 bit, and every
+        use of one, several a step, converts it anew: of a few tokens that takes longer than the product.
+        """
+        if not comfy.model_management.is_device_cpu(self._clip.patcher.load_device):
+            return []
+        layers = [m for m in self._clip.cond_stage_model.modules() if isinstance(m, torch.nn.Linear)]
+        return [m for m in layers if type(m.weight) is torch.nn.Parameter and m.weight.dtype in _HALF]
 
     @property
     def wants_pooled(self) -> bool:
@@ -392,6 +404,20 @@ def checkpointed(diffusion_model: torch.nn.Module) -> Any:
     """Activations inside residual blocks and spatial transformers are computed again in the backward pass."""
     blocks = blocks_of(diffusion_model)
     return replaced_forwards({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks})
+
+
+@contextmanager
+def widened(layers: Sequence[torch.nn.Linear]) -> Iterator[None]:
+    """Layers stored in half precision, in 32 bit for the time of the block; with the same numbers afterwards."""
+    narrow = [tensor for layer in layers for tensor in layer.parameters() if tensor.dtype in _HALF]
+    stored = [tensor.dtype for tensor in narrow]
+    try:
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in zip(narrow, stored, strict=True):
+            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager
