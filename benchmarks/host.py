@@ -27,6 +27,19 @@ def now() -> float:
     return time.perf_counter()
 
 
+def peak_bytes() -> int:
+    """The most memory that was held so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @contextmanager
 def comfyui() -> Iterator[ComfyHost]:
     """ComfyUI with the pack loaded. Ends the program with one clear line where there is none."""

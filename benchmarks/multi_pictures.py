@@ -137,7 +137,7 @@ class Pictures:
             torch.stack([alone[k].nearest[:, k] for k in columns], 1),
         )
         names = [world.KNOWN[kind][number] for kind, number in things]
-        nameless = [re.sub(r"\ba (?={)", "", text) for text in texts]  # names go without an article
+        nameless = [re.sub(r"\ba (?={)", "", text) for text in texts]  # names go without this article, as in captions
         known = draw(self.host, ConceptStack(), [text.format(*names) for text in nameless], seeds, **SAMPLER)
         of_known = Eyes(self.metrics, eyes.kinds, list(map(world.known_look, names)))
         return {

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import get_context
 
-from .host import say
+from .host import peak_bytes, say
 
 PICTURES = 1000  # of the world, to train on
 Clock = Callable[[], None]
@@ -53,13 +51,11 @@ def measured(name: str, cache: Path, steps: int) -> dict[str, float]:
     items = PARTS[name](cache, steps + 1, lambda: stamps.append(time.perf_counter()))
     times = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
     seconds = statistics.median(times[1:])
-    unit = 1024 if sys.platform != "darwin" else 1  # ru_maxrss is in KiB, on macOS in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "items": items,
         "seconds": round(seconds, 3),
         "seconds_each": round(seconds / items, 5),
-        "peak_mib": round(peak / 2**20),
+        "peak_mib": round(peak_bytes() / 2**20),
     }
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .host import comfyui, now, say
+from .host import comfyui, now, peak_bytes, say
 
 WORD, KIND = "<my-teddy>", "teddy bear"
 PHOTOS = 4
@@ -142,7 +142,7 @@ def run_one(pack: Any, name: str, steps: int, pixels: int) -> dict[str, Any]:
     taken = [after - before for before, after in zip(ends, ends[1:], strict=False)]
     return {
         "seconds_per_sample": statistics.median(taken[-steps:]) / batch,
-        "peak_bytes": _peak(),
+        "peak_bytes": peak_bytes(),
         "facts": {
             "model": "SD1.5 with a reduced UNet and a full-size CLIP, random weights",
             "threads": torch.get_num_threads(),
@@ -158,19 +158,6 @@ def _forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    """Bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _lora(

@@ -78,7 +78,7 @@ def _changes(node: str, settings: dict[str, Any]) -> Callable[[ConceptUse], Conc
     with naming(node, "region"):
         region = None if region is None else _region(region)
     strength = settings["strength"] if settings["on"] else 0.0
-    with naming(node):
+    with naming(node, "focus_share"):
         gate = Gate(settings["bias"], settings["temperature"], strength, settings.get("focus_share", 1.0))
     fixed = settings["key_lock"] != BY_APPLY
     further: dict[str, Any] = {"lock": settings["key_lock"]} if fixed else {}

@@ -380,11 +380,12 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
             f"it has format version {str(version)[:20]}, this version reads 1 to {FOCUSED}. Update ComfyUI-Perfusion."
         )
     try:
-        focused = version == FOCUSED
-        storage, anchored, scope = known[metadata["perfusion.like"] if focused else version]
-        focus = float(metadata["perfusion.focus"]) if focused else 1.0
-        if not 1 <= focus <= MAX_FOCUS:
-            raise ValueError(f"a focus of {focus}")
+        like, focus = version, 1.0
+        if version == FOCUSED:
+            like, focus = metadata["perfusion.like"], float(str(metadata["perfusion.focus"])[:20])
+            if not 1 < focus <= MAX_FOCUS:
+                raise ValueError(f"a focus of {focus}")
+        storage, anchored, scope = known[like]
         family = Family.from_json(metadata["perfusion.family"])
         placeholder, super_category = metadata["perfusion.placeholder"], _text(metadata["perfusion.super_category"])
         training = json.loads(metadata.get("perfusion.training", "{}"))

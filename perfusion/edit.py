@@ -370,7 +370,10 @@ class KeyValueEdit:
         confined: Sequence[bool] | None = None,
         focus: Sequence[float] | None = None,
     ):
-        self._focus = torch.tensor(focus).float().log() if focus and any(each != 1 for each in focus) else None
+        # Words are looked at no more where their concept's focus is 1 or none of it is wanted, in any row.
+        looked_at = directions.focus_share.reshape(-1, len(directions)).amax(0) > 0
+        factors = torch.tensor(focus or [1.0] * len(directions)).float().log() * looked_at.cpu()
+        self._focus = factors if bool(factors.any()) else None
         self._confined = torch.tensor(confined) if confined and any(confined) else None
         self._flags_on: dict[torch.device, tuple[Any, ...]] = {}
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
@@ -443,9 +446,10 @@ class KeyValueEdit:
         """What is added before the softmax of cross-attention, for all places alike: (b, m, d) -> (b, 1, m), float32;
         None where no word is to be looked at more.
 
-        Of a word of concept j it is ``share_j strength_j g_mj log(focus_j)``, of a strength that counts up to 1: at
-        full share and strength, with its gate open, the word's part of the attention is multiplied by the focus (before
-        all parts are brought to a sum of 1); as the gate shuts, by less. No gradient goes through it.
+        Of a token m it is ``share_j strength_j g_mj w_mj log(focus_j)``, of a strength that counts up to 1, with w_mj 1
+        for a word of concept j and 0 for others: at full share and strength, with its gate open, the word's part of the
+        attention is multiplied by the focus (before all parts are brought to a sum of 1); as the gate shuts, by less.
+        No gradient goes through it.
         """
         if self._focus is None:
             return None
@@ -454,11 +458,10 @@ class KeyValueEdit:
         return self._remembered_focus.value((context, self.words), lambda: self._focus_of(context))
 
     def _focus_of(self, context: Tensor) -> Tensor:
-        assert self._focus is not None
         with torch.no_grad(), _full_precision(context.device):
             counting = self.directions_on(context.device).focused(context)
             share = counting * self.gates(context) * of_own_word(self.belonging(context))
-            return torch.einsum("bmj,j->bm", share, self._focus.to(share)).unsqueeze(1)
+            return torch.einsum("bmj,j->bm", share, self._flags(context.device)[2].to(share)).unsqueeze(1)
 
     def _owners(self, context: Tensor) -> Tensor | None:
         """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""
@@ -488,9 +491,9 @@ class KeyValueEdit:
         return value
 
     def _flags(self, device: torch.device) -> tuple[Any, ...]:
-        """``numbers`` and ``confined`` on a device, moved there once."""
+        """``numbers``, ``confined`` and the logarithms of ``focus`` on a device, moved there once."""
         if device not in self._flags_on:
-            flags = (self.numbers, self._confined)
+            flags = (self.numbers, self._confined, self._focus)
             self._flags_on[device] = tuple(None if each is None else each.to(device) for each in flags)
         return self._flags_on[device]
 

@@ -137,7 +137,7 @@ class ConceptStack:
     @property
     def focuses(self) -> bool:
         """Whether any word is to be looked at more than by itself."""
-        return any(use.concept.focus != 1 for use in self.uses)
+        return any(use.concept.focus != 1 and use.gate.focus_share > 0 for use in self.uses)
 
     @property
     def rescopes(self) -> bool:

@@ -2,7 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-/** Calls `work(node)` for each new node of a kind, and again when a saved graph has given it its values. */
+/** Calls `work(node)` for each new node of a kind, and `work(node, saved)` when a saved graph has given it its values. */
 export function onNode(kind, work) {
   app.registerExtension({
     name: `perfusion.${kind}`,
@@ -11,7 +11,7 @@ export function onNode(kind, work) {
       const configured = node.onConfigure;
       node.onConfigure = function (...values) {
         const result = configured?.apply(this, values);
-        work(this);
+        work(this, values[0]);
         return result;
       };
       work(node);

@@ -195,7 +195,10 @@ def _digest(job: Job) -> str:
     for path in files:
         facts = path.stat()
         stamps.append([str(path), facts.st_size, facts.st_mtime_ns])
-    content = [_RECORD_FORMAT, {name: str(value) for name, value in told.items()}, asdict(job.config), stamps]
+    settings = asdict(job.config)
+    if settings["focus"] == 1:
+        del settings["focus"]  # as records say that are older than the choice
+    content = [_RECORD_FORMAT, {name: str(value) for name, value in told.items()}, settings, stamps]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -126,7 +126,8 @@ class Drawing:
     def settings(self) -> list[object]:
         """All that decides the pictures of a concept, as JSON can hold it."""
         gate = self._gate
-        return [self.prompts, self._size, self._steps, self._guidance, self._seed, gate.bias, gate.temperature]
+        told = [self.prompts, self._size, self._steps, self._guidance, self._seed, gate.bias, gate.temperature]
+        return told if (gate.strength, gate.focus_share) == (1, 1) else [*told, gate.strength, gate.focus_share]
 
     def __call__(self, concept: Concept) -> Tensor:
         """A picture (height, width, 3) in 0..1 of each prompt: (n, height, width, 3), on the CPU."""

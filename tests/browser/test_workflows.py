@@ -165,6 +165,25 @@ def test_what_is_new_in_the_miniature_s_world_needs_nothing_but_run_either(serve
             assert red_nodes(page) == []
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named", "in order"])
+def test_a_training_saved_before_there_was_a_choice_does_what_it_did(server: ComfyServer, named: bool) -> None:
+    graph = workflow("miniature_train")
+    (node,) = [node for node in graph["nodes"] if node["type"] == "PerfusionTrainConcept"]
+    new = {"scope", "focus"}
+    node["inputs"] = [entry for entry in node["inputs"] if entry["name"] not in new]
+    node["widgets_values"] = node["widgets_values"][: -len(new)]
+    saved = node.pop("widgets_values_named", {})
+    if named:
+        node["widgets_values_named"] = {name: value for name, value in saved.items() if name not in new}
+    with comfy_page(server) as page:
+        load_graph(page, graph)
+        (before,) = [each for each in prompt_of(page).values() if each["class_type"] == "PerfusionTrainConcept"]
+        assert (before["inputs"]["scope"], before["inputs"]["focus"]) == ("prompt", 1)
+        load_graph(page, workflow("miniature_train"))
+        (now,) = [each for each in prompt_of(page).values() if each["class_type"] == "PerfusionTrainConcept"]
+        assert (now["inputs"]["scope"], now["inputs"]["focus"]) == ("word", 20)
+
+
 @RENDERERS
 def test_rows_follow_the_count_and_keep_their_values(server: ComfyServer, nodes_2: bool) -> None:
     visible = """() => app.graph._nodes[0].widgets.filter((w) => !w.hidden).map((w) => w.name)"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,9 +34,9 @@ def nothing_left(lab: Lab) -> Iterator[None]:
     lab.assert_untouched()
 
 
-@pytest.fixture(scope="module")
-def teddy(lab: Lab) -> Any:
-    return lab.concept()
+@pytest.fixture(scope="module", params=[1.0, 20.0], ids=["", "focused"])
+def teddy(lab: Lab, request: pytest.FixtureRequest) -> Any:
+    return replace(lab.concept(), focus=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -404,5 +405,5 @@ def test_injections_of_others_are_read_through(lab: Lab, teddy: Any, first: str)
                 for path, module in zip("kv", pair, strict=True)
             ]
         assert equal(found, expected)
-        lab.load(lab.model)
+        lab.load(lab.model, lab.clip.patcher)
         lab.assert_untouched()

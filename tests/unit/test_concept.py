@@ -279,6 +279,8 @@ def test_words_with_a_focus_have_a_version_of_their_own(
         {"perfusion.focus": None},
         {"perfusion.focus": "nan"},
         {"perfusion.focus": "0.5"},
+        {"perfusion.focus": "1.0"},
+        {"perfusion.focus": "1" * 400},
         {"perfusion.focus": "1e9"},
         {"perfusion.focus": "much"},
         {"perfusion.focus": "13.0"},

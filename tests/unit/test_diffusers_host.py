@@ -19,7 +19,13 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -27,9 +33,10 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 import tests.diffusers_models as models
 from perfusion.concept import Concept
 from perfusion.corpus import captions
-from perfusion.edit import Gate
+from perfusion.edit import Directions, Gate, KeyValueEdit
 from perfusion.hosts.base import Host, Word
 from perfusion.hosts.diffusers import DiffusersHost, UnsupportedPipelineError, apply, draw, encode_prompts
+from perfusion.hosts.diffusers.patching import EditedProjections, _Attention
 from perfusion.hosts.diffusers.structure import cross_attentions, family_of, spatial_transformers
 from perfusion.scope import ScopedText
 from perfusion.stack import ConceptStack, ConceptUse, StackError, word_number
@@ -851,6 +858,65 @@ def test_a_trained_concept(pipe: Any, host: DiffusersHost, tmp_path: Path, scope
     stock = call(pipe, prompt)
     with apply(pipe, stack_of(concept)):
         assert not torch.allclose(call(pipe, prompt), stock, atol=1e-3)
+
+
+# --- focus
+
+
+def test_a_focus_draws_alike_whatever_processor_and_way(pipe: Any, host: DiffusersHost) -> None:
+    concept = make_concept(host)
+    focused, plain = (stack_of(replace(concept, focus=focus)) for focus in (30.0, 1.0))
+    before = dict(pipe.unet.attn_processors)
+    found = []
+    for processor in (AttnProcessor2_0(), AttnProcessor(), SlicedAttnProcessor(1)):
+        pipe.unet.set_attn_processor(processor)
+        with apply(pipe, focused):
+            found.append(call(pipe, [PROMPT, "a cat on the beach"], ["", "blurry"]))
+    pipe.unet.set_attn_processor(before)
+    for other in found[1:]:
+        assert torch.allclose(other, found[0], atol=1e-4)
+    with apply(pipe, plain):
+        unfocused = call(pipe, [PROMPT, "a cat on the beach"], ["", "blurry"])
+    assert not torch.allclose(unfocused[0], found[0][0], atol=1e-2)
+    assert torch.allclose(unfocused[1], found[0][1], atol=1e-5), "a prompt without the word"
+    none_of_it = ConceptStack((replace(focused.uses[0], gate=Gate(focus_share=0.0)),))
+    with apply(pipe, none_of_it):
+        assert torch.equal(call(pipe, [PROMPT, "a cat on the beach"], ["", "blurry"]), unfocused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
+def test_a_focus_in_half_precision_with_scores_in_32_bit(folder: Path, dtype: torch.dtype, processor: Any) -> None:
+    pipe = models.pipeline(folder, unet=models.unet(upcast_attention=True))
+    stack = stack_of(replace(make_concept(DiffusersHost(pipe)), focus=30.0))
+    pipe.unet.set_attn_processor(processor())
+    pipe.to(dtype)
+    with apply(pipe, stack):
+        assert call(pipe, PROMPT).isfinite().all()
+
+
+def test_a_focus_counts_for_the_text_beside_pictures() -> None:
+    """As picture adapters hand both over, together."""
+    layer = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4)
+    adapted = IPAdapterAttnProcessor2_0(hidden_size=8, cross_attention_dim=6, num_tokens=(3,))
+    layer.set_processor(adapted)
+    context, pictures = torch.randn(1, 5, 6), [torch.randn(1, 3, 6)]
+    edit = KeyValueEdit(
+        Directions.of(torch.ones(1, 6), torch.ones(1, 6), [Gate(-9.0)], ["paper"]),
+        torch.zeros(1, 6),
+        {},
+        numbers=[7],
+        focus=[1000.0],
+    )
+    edit.words = torch.tensor([[0, 0, 7, 0, 0]])
+    owner = EditedProjections(torch.nn.Module())
+    hidden = torch.randn(1, 9, 8)
+    standing_in = _Attention(owner, layer)
+    plain = standing_in(hidden, (context, pictures))
+    owner.edit = edit
+    focused = standing_in(hidden, (context, pictures))
+    only_the_word = layer(hidden, (context[:, 2:3], pictures))
+    assert (focused - only_the_word).abs().max() < 0.2 * (plain - only_the_word).abs().max()
 
 
 def test_training_in_half_precision(pipe: Any, host: DiffusersHost) -> None:

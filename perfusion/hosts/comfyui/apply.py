@@ -2,7 +2,8 @@
 
 An injection, and not an object patch or an attention patch, because it alone sees tokens and projections, leaves
 state-dict keys and so LoRA alone, leaves ``attn2_replace`` to others, follows a patcher to whichever network it is
-loaded on, and is undone by the host itself. Weights are read only by calling the wrapped forward.
+loaded on, and is undone by the host itself. Weights are read only by calling the wrapped forward. What is added before
+the softmax, for regions and words with a focus, goes into the options of one call: see ``steering``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ...edit import Gate, KeyValueEdit
 from ...stack import ConceptStack, shut_words
-from .steering import steered
+from .steering import replaced_in, steered
 from .structure import projections
 from .text import KEY, KEY_SHIFT, KEY_WORDS, Companion
 
@@ -42,7 +43,7 @@ class Applied:
     def __init__(self, stack: ConceptStack, rows: Rows | None = None):
         self.stack = stack
         self.rows = rows
-        self.told_of_fallback = self.told_of_regions = self.told_of_scope = False
+        self.told_of_fallback = self.told_of_regions = self.told_of_scope = self.told_of_blocks = False
         self.picture: tuple[int, int] | None = None
         self.edit: KeyValueEdit | None = stack.edit(rows) if len(stack) else None
         self.scheduled = not all(use.always for use in stack.uses)
@@ -166,17 +167,33 @@ def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     if not owner.scheduled and not owner.has_regions and not owner.edit.focuses:
         return _told(owner, shift, words, executor, args, kwargs)
-    everything, chosen = owner.edit, _in_turn(owner.stack, args[1], executor.class_obj.model_sampling)
+    everything, chosen = owner.edit, (True,) * len(owner.stack)
+    if owner.scheduled:
+        chosen = _in_turn(owner.stack, args[1], executor.class_obj.model_sampling)
     owner.edit = owner.edit_of(chosen)
     try:
         if owner.edit is None:
             return executor(*args, **kwargs)
         regions = [use.region for use in owner.stack.uses] if owner.has_regions and _is_whole(owner, args[0]) else []
         if regions or owner.edit.focuses:
-            args, kwargs = _with_options(args, kwargs, partial(steered, edit=owner.edit, regions=regions))
+            steer = partial(steered, edit=owner.edit, regions=regions)
+            args, kwargs = _with_options(args, kwargs, partial(_told_of_blocks, owner, steer))
         return _told(owner, shift, words, executor, args, kwargs)
     finally:
         owner.edit = everything
+
+
+def _told_of_blocks(
+    owner: Applied, steer: Callable[[dict[str, Any]], dict[str, Any]], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options steered; tells once of blocks that nobody can steer."""
+    if replaced_in(options) and not owner.told_of_blocks:
+        owner.told_of_blocks = True
+        logger.info(
+            "Another extension does the cross-attention of some blocks in its own way (IPAdapter does): focus and "
+            "regions are left out there, and concepts may come out weaker than they were trained."
+        )
+    return steer(options)
 
 
 def _is_whole(owner: Applied, latent: Tensor) -> bool:
@@ -220,7 +237,7 @@ def _told(owner: Applied, shift: Tensor | None, words: Tensor | None, executor: 
             "Key lock 'global' needs prompts encoded by the CLIP of Apply Concepts and passed on as they are; for "
             "others, and with extensions that rearrange them, 'local' is used."
         )
-    if words is None and owner.stack.rescopes and not owner.told_of_scope:
+    if words is None and (owner.stack.rescopes or owner.stack.focuses) and not owner.told_of_scope:
         owner.told_of_scope = True
         logger.info(
             "A conditioning comes without word of whose each of its tokens is: it was not encoded by the CLIP of Apply "

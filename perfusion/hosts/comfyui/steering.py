@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import comfy.ldm.modules.attention as comfy_attention
 from torch import Tensor
 
 from ...edit import KeyValueEdit
+from ...focus import with_mask
 from ...regions import attention_bias, sizes_of
+
+_WITHOUT_MASKS = {"attention_sage", "attention3_sage", "attention_flash"}
 
 
 def steered(options: dict[str, Any], *, edit: KeyValueEdit, regions: Sequence[Tensor | None] = ()) -> dict[str, Any]:
@@ -19,17 +22,29 @@ def steered(options: dict[str, Any], *, edit: KeyValueEdit, regions: Sequence[Te
     ``regions`` are (height, width) of the whole picture, None for a concept that may be anywhere. What other extensions
     have put into the options stays: their patches come first, and their attention does the work.
     """
-    layers = _Layers(edit, regions, options.get("optimized_attention_override"))
+    layers = _Layers(edit, regions, options.get("optimized_attention_override"), replaced=replaced_in(options))
     patches = dict(options.get("patches", {}))
     patches["attn2_patch"] = [*patches.get("attn2_patch", []), layers.announce]
     return {**options, "patches": patches, "optimized_attention_override": layers.attend}
 
 
+def replaced_in(options: dict[str, Any]) -> bool:
+    """Whether another extension does the cross-attention of some blocks in its own way."""
+    return bool(options.get("patches_replace", {}).get("attn2"))
+
+
 class _Layers:
     """The calls of a network's attention, in order; each cross-attention is announced by the patch before it."""
 
-    def __init__(self, edit: KeyValueEdit, regions: Sequence[Tensor | None], following: Callable[..., Tensor] | None):
-        self._edit, self._regions, self._following = edit, regions, following
+    def __init__(
+        self,
+        edit: KeyValueEdit,
+        regions: Sequence[Tensor | None],
+        following: Callable[..., Tensor] | None,
+        *,
+        replaced: bool,
+    ):
+        self._edit, self._regions, self._following, self._replaced = edit, regions, following, replaced
         self._context: Tensor | None = None
         self._announced = 0  # places that look, in the layer whose attention comes next
         self._size: tuple[int, int] | None = None
@@ -51,10 +66,15 @@ class _Layers:
     ) -> Tensor:
         """In place of the host's attention, which does the work."""
         announced, self._announced = self._announced, 0
+        # Where somebody else does a block's cross-attention, the announced call may never come, and this be the next.
+        if self._replaced and k.shape[1] == q.shape[1]:
+            announced = 0
         if announced == q.shape[1] and self._context is not None and k.shape[:2] == self._context.shape[:2]:
             bias = self._bias(self._context)
             mask = args[0] if args else kwargs.pop("mask", None)
-            args = (mask if bias is None else _added(bias.to(q), mask), *args[1:])
+            if bias is not None:
+                mask, chosen = with_mask(bias.to(q), mask), _taking_masks(chosen)
+            args = (mask, *args[1:])
         if self._following is not None:
             return self._following(chosen, q, k, v, heads, *args, **kwargs)
         return chosen(q, k, v, heads, *args, **kwargs)
@@ -74,8 +94,6 @@ class _Layers:
         return self._biases[size]
 
 
-def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """A bias together with a mask of somebody else: numbers to add, or bool where attention is allowed."""
-    if mask is None:
-        return bias
-    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
+def _taking_masks(chosen: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The host's attention, or in place of kernels that drop masks, in some versions of the host, one that does not."""
+    return comfy_attention.attention_pytorch if getattr(chosen, "__name__", "") in _WITHOUT_MASKS else chosen

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...edit import KeyValueEdit
+from ...focus import with_mask
 from ..replacing import replaced
 from .structure import cross_attentions
 
@@ -41,27 +43,38 @@ class _Forward:
 class _Attention:
     """Stands in for the forward of one cross-attention layer, which looks at some words more."""
 
-    def __init__(self, owner: EditedProjections, previous: Callable[..., Tensor]):
+    def __init__(self, owner: EditedProjections, layer: Any):
         self.owner = owner
-        self.previous = previous
+        self.layer = layer
+        self.previous: Callable[..., Tensor] = layer.forward
 
     def __call__(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | tuple[Tensor, Any] | None = None,
         attention_mask: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         edit = self.owner.edit
-        # Adapters hand pictures over beside the text, as a tuple: what they look at is theirs.
-        if edit is not None and edit.focuses and isinstance(encoder_hidden_states, Tensor):
-            self.owner.tell(encoder_hidden_states)
-            bias = edit.focus_bias(encoder_hidden_states)
+        # Picture adapters hand over what they look at behind the text; the mask counts for the text.
+        told = encoder_hidden_states
+        context = told[0] if isinstance(told, tuple) else told
+        if edit is not None and edit.focuses and context is not None:
+            self.owner.tell(context)
+            bias = edit.focus_bias(context)
             if bias is not None:
-                bias = bias.to(hidden_states)
-                attention_mask = bias if attention_mask is None else attention_mask + bias
+                attention_mask = self._mask(with_mask(bias, attention_mask), hidden_states)
         return self.previous(hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+
+    def _mask(self, bias: Tensor, hidden_states: Tensor) -> Tensor:
+        """What is added before the softmax, (b, 1 or t, m), as every processor takes it: for each head, in rows that
+        begin at a multiple of 8 numbers, and in the precision of the scores.
+        """
+        upcast = self.layer.upcast_attention and not type(self.layer.processor).__name__.endswith("2_0")
+        dtype = torch.float32 if upcast else hidden_states.dtype
+        heads, length = bias.repeat_interleave(self.layer.heads, dim=0), bias.shape[-1]
+        return pad(heads.to(hidden_states.device, dtype), (0, -length % 8))[..., :length]
 
 
 class EditedProjections:
@@ -96,7 +109,7 @@ class EditedProjections:
                 for path, module in (("k", attention.to_k), ("v", attention.to_v)):
                     _require_free(module)
                     stack.enter_context(replaced(module, "forward", _Forward(self, layer, path, module.forward)))
-                stack.enter_context(replaced(attention, "forward", _Attention(self, attention.forward)))
+                stack.enter_context(replaced(attention, "forward", _Attention(self, attention)))
             self._installed = True
             try:
                 yield
