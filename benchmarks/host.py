@@ -121,6 +121,7 @@ def random_concepts(pack: ComfyHost, model: Any, count: int) -> Any:
     """A stack of concepts of random numbers that fit a model, of no use but for timing."""
     structure, family = pack.module("perfusion.hosts.comfyui.structure"), pack.module("perfusion.family")
     concept, stack = pack.module("perfusion.concept"), pack.module("perfusion.stack")
+    config = pack.module("perfusion.training.config").TrainingConfig
     transformers: dict[str, tuple[int, int]] = {}
     for layer, _, to_v in structure.projections(model.model.diffusion_model):
         transformers[layer.rpartition(".transformer_blocks.")[0]] = (1, to_v.weight.shape[0])
@@ -140,6 +141,9 @@ def random_concepts(pack: ComfyHost, model: Any, count: int) -> Any:
                     d_star=i_star / i_star.abs().max(),
                     e_super=torch.randn(768, generator=generator),
                     o_star_v={n: torch.randn(w, generator=generator) for n, w in shape.layers.items()},
+                    anchored=True,
+                    scope=config.scope,
+                    focus=config.focus,
                 )
             )
         )

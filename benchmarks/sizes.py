@@ -106,6 +106,9 @@ def sizes(pack: Any, shape: Any, folder: Path) -> dict[str, Any]:
         "d_star": i_star / i_star.abs().max(),
         "e_super": normal(shape.context_width),
         "o_star_v": {layer: normal(width) for layer, width in shape.layers.items()},
+        "anchored": True,
+        "scope": config.TrainingConfig.scope,
+        "focus": config.TrainingConfig.focus,
         "training": {
             **asdict(config.TrainingConfig()),
             "steps_done": 200,

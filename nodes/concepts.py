@@ -199,13 +199,16 @@ def _row(number: int, files: list[str]) -> list[io.Input]:
     ]
 
 
+_OF_ROWS = ("strength", "bias", "temperature")
+
+
 def _rows(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows in use: number, file, strength, bias and temperature of each that has a file and is on."""
     rows = []
     for number in range(1, int(inputs.get("count") or 0) + 1):
         file = inputs.get(f"file_{number}", NO_FILE)
         if file not in (None, NO_FILE) and inputs.get(f"on_{number}", True):
-            gate = {name: inputs.get(f"{name}_{number}", getattr(GATE, name)) for name in vars(GATE)}
+            gate = {name: inputs.get(f"{name}_{number}", getattr(GATE, name)) for name in _OF_ROWS}
             rows.append({"number": number, "file": file, **gate})
     return rows
 

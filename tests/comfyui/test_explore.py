@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,7 +46,7 @@ def nothing_left(lab: Lab) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def files(lab: Lab) -> list[str]:
     """A teddy and a cat."""
-    concepts = [lab.concept(), lab.concept(CAT, "cat", seed=1)]
+    concepts = [replace(lab.concept(), focus=20.0), lab.concept(CAT, "cat", seed=1)]
     return [save_concept(concept, lab.host.base, f"explore-{k}") for k, concept in enumerate(concepts)]
 
 
@@ -207,6 +209,83 @@ def test_of_two_concepts_one_may_leave(lab: Lab) -> None:
     apply, shut = lab.host.module("perfusion.hosts.comfyui.apply"), lab.model.clone()
     apply.attach(shut, apply.Applied(stack.ConceptStack((stack.ConceptUse(teddy), stack.ConceptUse(cat).shut()))))
     assert torch.equal(drawn(lab, model, text, negative), drawn(lab, shut, text, negative))
+
+
+# --- focus
+
+
+def focused(lab: Lab, **use: Any) -> Any:
+    stack = lab.host.module("perfusion.stack")
+    return stack.ConceptStack((stack.ConceptUse(replace(lab.concept(), focus=20.0), **use),))
+
+
+def test_a_focus_looks_more_at_the_word_and_leaves_other_extensions_in_work(lab: Lab) -> None:
+    model, clip = at(lab, focused(lab))
+    watched, masks = model.clone(), Masks()
+    watched.model_options["transformer_options"] = {"optimized_attention_override": masks}
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    found = lab.sample(watched, text, negative)
+    given = [(places, mask) for places, mask in masks.seen if mask is not None]
+    assert {places for places, _ in given} == {64, 16} and len(given) * 2 == len(masks.seen)
+    for _, mask in given:
+        assert mask.shape[:2] == (2, 1)
+        words = sorted(mask[:, 0].count_nonzero(dim=1).tolist())
+        assert words == [0, 1], "the word of the prompt, none of the negative prompt"
+        assert 2 < float(mask.max()) <= math.log(20)
+    assert torch.equal(found, lab.sample(model, text, negative))
+    assert not torch.allclose(found, lab.sample(at(lab, scheduled(lab))[0], text, negative), atol=1e-2)
+
+
+def test_a_focus_has_its_share_and_its_schedule(lab: Lab) -> None:
+    gate = lab.host.module("perfusion.edit").Gate
+    clip = at(lab, focused(lab))[1]
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    whole, half, none, plain = (
+        lab.sample(at(lab, stack)[0], text, negative)
+        for stack in (
+            focused(lab),
+            focused(lab, gate=gate(focus_share=0.5)),
+            focused(lab, gate=gate(focus_share=0.0)),
+            scheduled(lab),
+        )
+    )
+    assert torch.equal(none, plain)
+    assert not torch.allclose(whole, half, atol=1e-3) and not torch.allclose(half, none, atol=1e-3)
+    part = at(lab, focused(lab, start=0.9))[0]
+    assert torch.equal(drawn(lab, part, text, negative), drawn(lab, lab.model, text, negative))
+
+
+def test_blocks_that_others_do_in_their_own_way_are_told_of(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    model, clip = at(lab, focused(lab))
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    plain = at(lab, scheduled(lab))[0]
+    others = []
+    for patcher in (model.clone(), plain.clone()):
+        for place in [("input", 1), ("input", 2), ("middle", 0), *(("output", n) for n in range(6))]:
+            patcher.set_model_attn2_replace(lambda q, k, v, extra: v.mean(1, keepdim=True).expand_as(q), *place)
+        with caplog.at_level("INFO"):
+            others.append(lab.sample(patcher, text, negative))
+    assert caplog.text.count("focus and regions are left out there") == 1
+    assert torch.allclose(*others, atol=1e-5), "nothing of it gets into the attention of other layers"
+
+
+@pytest.mark.parametrize("kernel", ["attention_sage", "attention3_sage", "attention_flash"])
+def test_kernels_that_drop_masks_are_not_given_any(lab: Lab, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.ldm.modules.attention as attention
+
+    model, clip = at(lab, focused(lab))
+    texts = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    expected = lab.sample(model, *texts)
+    plain, calls = attention.attention_pytorch, []
+
+    def dropping(q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any) -> Any:
+        calls.append(mask)
+        return plain(q, k, v, heads, **kwargs)
+
+    dropping.__name__ = kernel
+    monkeypatch.setattr(attention, "optimized_attention", attention.wrap_attn(dropping))
+    assert torch.allclose(lab.sample(model, *texts), expected, atol=1e-4)
+    assert calls and not [mask for mask in calls if mask is not None]
 
 
 # --- regions

@@ -309,6 +309,17 @@ def test_train_save_load_apply_sample(comfy_host: ComfyHost, lab: Lab, photo_nod
     assert torch.equal(fresh[LATENT]["samples"], run[LATENT]["samples"]), "a saved concept draws like a fresh one"
 
 
+def test_graphs_older_than_an_input_do_what_they_did(comfy_host: ComfyHost, photo_node: None) -> None:
+    prompt = training(comfy_host)
+    new = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
+    assert (new.scope, new.focus) == ("word", 20)
+    for name in ("scope", "focus"):
+        del prompt["train"]["inputs"][name]
+    old = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
+    assert (old.scope, old.focus) == ("prompt", 1)
+    assert "focus" not in "".join(old.metadata)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
