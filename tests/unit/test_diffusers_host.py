@@ -898,7 +898,7 @@ def test_a_focus_in_half_precision_with_scores_in_32_bit(folder: Path, dtype: to
 def test_a_focus_counts_for_the_text_beside_pictures() -> None:
     """As picture adapters hand both over, together."""
     layer = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4)
-    adapted = IPAdapterAttnProcessor2_0(hidden_size=8, cross_attention_dim=6, num_tokens=(3,))
+    adapted: Any = IPAdapterAttnProcessor2_0(hidden_size=8, cross_attention_dim=6, num_tokens=(3,))
     layer.set_processor(adapted)
     context, pictures = torch.randn(1, 5, 6), [torch.randn(1, 3, 6)]
     edit = KeyValueEdit(
