@@ -262,7 +262,7 @@ def test_blocks_that_others_do_in_their_own_way_are_told_of(lab: Lab, caplog: py
     plain = at(lab, scheduled(lab))[0]
     others = []
     for patcher in (model.clone(), plain.clone()):
-        for place in [("input", 1), ("input", 2), ("middle", 0), *(("output", n) for n in range(6))]:
+        for place in product(("input", "middle", "output"), range(12)):
             patcher.set_model_attn2_replace(lambda q, k, v, extra: v.mean(1, keepdim=True).expand_as(q), *place)
         with caplog.at_level("INFO"):
             others.append(lab.sample(patcher, text, negative))
