@@ -24,6 +24,7 @@ check: environment static  ## what needs no ComfyUI
 static: environment
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python$(EXE)  # without ComfyUI's modules, and with them
 	PYTHONPATH="$$($(PYTHON) tools/setup_env.py --where)" $(BIN)/basedpyright --pythonpath $(BIN)/python$(EXE)
 
 format: environment

@@ -183,8 +183,9 @@ def test_concepts_that_are_applied_take_no_part_in_training(training: Training) 
     stack, combined = pack.module("perfusion.stack"), pack.module("perfusion.hosts.comfyui.combined")
     with torch.inference_mode():
         concept = training.run()
-        applied = combined.apply_concepts(parts.model, parts.clip, stack.ConceptStack((stack.ConceptUse(concept),)))
-        again = Training(pack, Parts(*applied, parts.vae))
+        concepts = stack.ConceptStack((stack.ConceptUse(concept),))
+        model, clip = combined.apply_concepts(parts.model, parts.clip, concepts)
+        again = Training(pack, Parts(model, clip, parts.vae))
         assert again.run().digest == concept.digest
 
 

@@ -103,6 +103,7 @@ def test_sdxl_is_refused_by_name(tmp_path: Path) -> None:
     second = CLIPTextModelWithProjection(
         CLIPTextConfig(**settings, num_hidden_layers=2, intermediate_size=32, projection_dim=32)
     )
+    scheduler: Any = models.scheduler()
     pipe = StableDiffusionXLPipeline(
         vae=models.vae(),
         text_encoder=models.text_encoder(words, 32),
@@ -115,7 +116,7 @@ def test_sdxl_is_refused_by_name(tmp_path: Path) -> None:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 32,
         ),
-        scheduler=models.scheduler(),
+        scheduler=scheduler,
     )
     with pytest.raises(UnsupportedPipelineError, match="more than one text encoder, as SDXL has.*use ComfyUI"):
         DiffusersHost(pipe)

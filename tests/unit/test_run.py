@@ -135,7 +135,7 @@ def test_a_checkpoint_every_so_many_steps_and_at_the_last(state: Path) -> None:
     concept = plain.run()
     assert outcome.concept.digest == concept.digest
     assert tuple(plain.losses) == outcome.losses
-    assert outcome.concept.training == concept.training | {"best_step": 11}
+    assert outcome.concept.training == {**concept.training, "best_step": 11}
     for number, steps in enumerate((4, 8)):
         assert outcome.checkpoints[number].concept.digest == a_trainer(steps=steps).run().digest
 
@@ -275,7 +275,7 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(state: Path)
             raise KeyboardInterrupt
         return denoise(*args)
 
-    host.denoise = interrupted
+    vars(host)["denoise"] = interrupted
     with pytest.raises(KeyboardInterrupt) as stopped:
         Run(trainer, state=state, every=4).run()
     assert "saved at step 5" in notes(stopped.value)[0]
@@ -459,7 +459,7 @@ def test_nothing_to_keep_is_said_too() -> None:
 @pytest.mark.parametrize(("losses", "stops"), [([1.0] * 21 + [8.0] * 20, 30), ([1.0] * 21 + [3.9] * 60, None)])
 def test_a_mean_loss_that_explodes_stops_it(losses: list[float], stops: int | None) -> None:
     """At four times the smallest mean of 20 steps: (20 - n) * 1 + n * 8 > 4 * 20 from the ninth on."""
-    trainer = a_trainer(steps=len(losses), batch_size=16, **{"value_rate": 0.0, "embedding_rate": 0.0})
+    trainer = a_trainer(steps=len(losses), batch_size=16, value_rate=0.0, embedding_rate=0.0)
     done = trainer._step
 
     def step() -> Any:
@@ -530,7 +530,7 @@ def test_out_of_memory_nothing_is_lost_and_it_is_said_what_to_lower(state: Path,
             raise error
         return denoise(noisy, *rest)
 
-    host.denoise = hungry
+    vars(host)["denoise"] = hungry
     with pytest.raises(TrainingError) as failed:
         Run(trainer, state=state, every=2).run()
     told = str(failed.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ class Counting(FakeHost):
         super().__init__()
         self.seen: list[tuple[str, bool]] = []
 
-    def encode(self, prompts: list[str], word: Word | None = None, *, until_word: bool = False) -> Encodings:
+    def encode(self, prompts: Sequence[str], word: Word | None = None, *, until_word: bool = False) -> Encodings:
         self.seen += [(prompt, until_word) for prompt in prompts]
         return super().encode(prompts, word, until_word=until_word)
 

@@ -32,7 +32,7 @@ _SIDE = 768  # pixels of the longer side of a preview
 
 def progress_on(node_id: str | None) -> Callable[[int, int], None]:
     """``report(done, total)`` shows progress on a node, and raises the host's own exception when the user cancels."""
-    bar: comfy.utils.ProgressBar | None = None
+    bar: Any = None
 
     def report(done: int, total: int) -> None:
         nonlocal bar
@@ -60,7 +60,7 @@ class TrainingView:
         self._node = node_id
         context = get_executing_context()
         self._prompt = context.prompt_id if context else None
-        self._bar: comfy.utils.ProgressBar | None = None
+        self._bar: Any = None
         self._sent = -math.inf
         self._pictures: queue.Queue[tuple[int, str, Image.Image] | None] = queue.Queue(_WAITING)
         self._encoder = threading.Thread(target=self._encode, name="perfusion previews", daemon=True)
