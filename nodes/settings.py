@@ -58,18 +58,20 @@ def _settings() -> list[io.Input]:
     ]
 
 
-def _focus_share() -> io.Input:
-    """The last input of these nodes: it came later than all others, and saved workflows tell widgets by their order."""
-    return io.Float.Input(
-        "focus_share",
-        default=1.0,
-        min=0.0,
-        max=MAX_FOCUS_SHARE,
-        step=0.05,
-        optional=True,
-        tooltip="How much of the focus it was trained with the concept's word has. 1: as trained. Lower: the rest of "
-        "the prompt gets more room. 0: the model looks at it as much as by itself.",
-    )
+def _later() -> list[io.Input]:
+    """What came later than all other inputs, and so stands behind them: saved workflows tell widgets by their order."""
+    return [
+        io.Float.Input(
+            "focus_share",
+            default=1.0,
+            min=0.0,
+            max=MAX_FOCUS_SHARE,
+            step=0.05,
+            optional=True,
+            tooltip="How much of the focus it was trained with the concept's word has. 1: as trained. Lower: the rest "
+            "of the prompt gets more room. 0: the model looks at it as much as by itself.",
+        )
+    ]
 
 
 def _changes(node: str, settings: dict[str, Any]) -> Callable[[ConceptUse], ConceptUse]:
@@ -123,7 +125,7 @@ class PerfusionLoadConcept(io.ComfyNode):
                 ),
                 *_settings(),
                 Concepts.Input("concepts", optional=True, tooltip="Concepts to go along with, from a node like this."),
-                _focus_share(),
+                *_later(),
             ],
             outputs=[Concepts.Output(display_name="concepts", tooltip="For Apply Concepts, or the next of the chain.")],
         )
@@ -176,7 +178,7 @@ class PerfusionConceptSettings(io.ComfyNode):
                     tooltip="The concept's word, such as <my-teddy>. Left empty, all concepts that arrive are set.",
                 ),
                 *_settings(),
-                _focus_share(),
+                *_later(),
             ],
             outputs=[Concepts.Output(display_name="concepts", tooltip="The same concepts, with these settings.")],
         )

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from PIL import Image
 
@@ -68,6 +67,8 @@ def training(placeholder: str, **settings: Any) -> Prompt:
 @contextlib.contextmanager
 def listening(server: ComfyServer) -> Iterator[list[dict]]:
     """What the server tells a front end while the block runs: a list that grows."""
+    import aiohttp  # comes with ComfyUI
+
     heard: list[dict] = []
     ready = threading.Event()
     stop: list[Callable[[], object]] = []
