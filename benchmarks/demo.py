@@ -262,13 +262,13 @@ def _drawn(
                 Row(word, "in scenes that no photo shows", list(own[: len(SCENES)]), _blanks(SCENES), learned=True),
                 Row(kind, "the model without the concept, same seeds", list(plain[: len(SCENES)])),
             ]
-        both = ConceptStack(tuple(ConceptUse(each.concept) for each in learned))
-        together = list(pictures(both, [s.format(*words) for s in SCENES_OF_TWO], [0]))
-        rows.append(
-            Row("\n".join(words), "two files at once", together, _blanks(SCENES_OF_TWO), title="Both", learned=True)
-        )
-        apart = list(pictures(nothing, [s.format(*kinds) for s in SCENES_OF_TWO], [0]))
-        rows.append(Row("\n".join(kinds), "the model without the concepts, same seeds", apart))
+        # Two words that are looked at much more leave each other, and the layout, too little room.
+        both = ConceptStack(tuple(ConceptUse(each.concept, Gate(focus_share=0.5), "global") for each in learned))
+        together = list(pictures(both, [s.format(*words[::-1]) for s in SCENES_OF_TWO], [0]))
+        label = "two files at once, with half the focus and the global key lock"
+        rows.append(Row("\n".join(words[::-1]), label, together, _blanks(SCENES_OF_TWO), title="Both", learned=True))
+        apart = list(pictures(nothing, [s.format(*kinds[::-1]) for s in SCENES_OF_TWO], [0]))
+        rows.append(Row("\n".join(kinds[::-1]), "the model without the concepts, same seeds", apart))
 
         first, strip, labels = learned[0], [], []
         for bias in BIASES:
