@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,8 +40,9 @@ def main() -> None:
     figures: dict[str, Any] = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as cache:
         for name in options.only:
-            with get_context("spawn").Pool(1) as pool:
-                figures[name] = pool.apply(measured, (name, Path(cache), options.steps))
+            # Of its own: memory has no other reset, and some parts start processes themselves.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                figures[name] = pool.submit(measured, name, Path(cache), options.steps).result()
             say(f"{name}: {figures[name]}")
     print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
 
