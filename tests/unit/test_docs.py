@@ -60,7 +60,7 @@ def _node(schema: ast.Call, module: ast.Module) -> Node:
     functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
     called = {ast.unparse(call.func): bool(call.args) for call in _calls(texts["inputs"])}
     node.inputs |= _inputs(texts["inputs"])
-    for function in functions.keys() & called.keys():
+    for function in (name for name in called if name in functions):
         numbers = range(1, _constant(module, "MAX_ROWS") + 1) if called[function] else [0]
         if _of_kind(functions[function], "Input"):
             for number in numbers:
