@@ -30,7 +30,7 @@ from tqdm import tqdm
 from miniature import world
 from miniature.captions import caption
 from miniature.host import load_host
-from miniature.metrics import Metrics, rendered
+from miniature.metrics import Metrics
 from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept, load
 from perfusion.hosts.diffusers import DiffusersHost
@@ -38,13 +38,11 @@ from perfusion.scope import SCOPES
 from perfusion.stack import ConceptStack, ConceptUse, word_number
 from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
-from perfusion.training.dataset import prepare
-from perfusion.training.trainer import Subject, train
 
 from .host import say
 from .multi_judging import Thing, photos_of
 from .multi_pictures import Pictures
-from .quality import contact_sheet, thing_masks
+from .quality import contact_sheet, learn
 
 OPEN = 0.5
 # Super-categories that stand in one prompt.
@@ -152,10 +150,8 @@ def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, config: 
         name = f"{kind.replace(' ', '-')}-{number}"
         path = folder / f"{name}-{config.steps}-{config.scope}-{config.focus:g}.safetensors"
         if not path.exists():
-            photos = photos_of((kind, number))
-            ready = prepare(host, list(rendered(photos)), thing_masks(photos), world.SIZE)
             statistics = statistics or measure(host, host.captions or ())
-            concept = train(host, ready, Subject(f"<my-{name}>", kind), statistics, config)[0]
+            concept = learn(host, kind, photos_of((kind, number)), statistics, config, f"<my-{name}>")
             folder.mkdir(parents=True, exist_ok=True)
             concept.save(path)
             say(f"{name}: learned")

@@ -179,10 +179,11 @@ def learn(
     photos: Sequence[world.Scene],
     statistics: TextStatistics,
     config: TrainingConfig,
+    placeholder: str = PLACEHOLDER,
 ) -> Concept:
     """A concept from renders of scenes that show the thing alone."""
     ready = prepare(host, list(rendered(photos)), thing_masks(photos), config.resolution)
-    return train(host, ready, Subject(PLACEHOLDER, category), statistics, config)[0]
+    return train(host, ready, Subject(placeholder, category), statistics, config)[0]
 
 
 def prompts_for(category: str, count: int, rng: Random) -> list[Prompt]:

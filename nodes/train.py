@@ -22,7 +22,7 @@ from ..perfusion.scope import SCOPES
 from ..perfusion.stack import ConceptStack, ConceptUse
 from ..perfusion.statistics import ESTIMATORS, cached, captions_for
 from ..perfusion.training.checkpoint import own_file
-from ..perfusion.training.config import RATES, TrainingConfig
+from ..perfusion.training.config import BEFORE, RATES, TrainingConfig
 from ..perfusion.training.dataset import prepare
 from ..perfusion.training.masks import attention_masks, dimmed
 from ..perfusion.training.run import MOST_PATIENCE, Outcome, Run
@@ -287,10 +287,7 @@ class PerfusionTrainConcept(io.ComfyNode):
         subject = Subject(placeholder, one["super_category"].strip(), captions or paper_templates(), of_photo)
         with naming(NODE):
             settings = {name: one[name] for name in TrainingConfig.__dataclass_fields__ if name in one}
-            # What graphs mean that were saved before there was a choice.
-            settings.setdefault("scope", "prompt")
-            settings.setdefault("focus", 1.0)
-            config = TrainingConfig(**settings)
+            config = TrainingConfig(**{**BEFORE, **settings})
             subject.prompts()
             host = ComfyHost(one["model"], one["clip"], one["vae"])
             similarity = _similarity(host, one)

@@ -6,8 +6,8 @@ stored in other precision than is computed in, it keeps the converted copies of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,23 @@ def frozen_layers(
 
     layers = [module for network in networks for module in network.modules() if _is_known(module)]
     return replaced_forwards({layer: partial(forward, layer, layer.forward) for layer in layers})
+
+
+@contextmanager
+def widened(tensors: Iterable[Tensor], *, keep: bool) -> Iterator[None]:
+    """Tensors that are stored in half precision in 32 bit for the time of the block.
+
+    What was stored is kept beside them and put back, or else made anew of what they then are, with the same numbers.
+    """
+    narrow = list(tensors)
+    stored = [(tensor.dtype, tensor.data if keep else None) for tensor in narrow]
+    try:
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, (dtype, data) in zip(narrow, stored, strict=True):
+            tensor.data = tensor.data.to(dtype) if data is None else data
 
 
 def frozen(module: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:

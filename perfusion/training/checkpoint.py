@@ -26,6 +26,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from ..files import write_atomically
+from .config import BEFORE
 from .dataset import Photos
 from .trainer import Trainer
 
@@ -162,9 +163,8 @@ def _fitting(path: Path, trainer: Trainer) -> tuple[dict[str, Tensor], dict[str,
     except (KeyError, ValueError, RecursionError) as error:
         raise _unusable(path, f"is damaged ({error})") from None
     now = settings(trainer)
-    # What they were before there was a choice.
-    then.setdefault("scope", "prompt")
-    then.setdefault("focus", 1.0)
+    for name, value in BEFORE.items():
+        then.setdefault(name, value)
     if lowered is True and _at_once(now) < _at_once(then):
         then["micro_batch"] = now["micro_batch"]
     changed = [told for name in {**then, **now} for told in _difference(name, then.get(name), now.get(name))]

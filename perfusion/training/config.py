@@ -13,6 +13,10 @@ Rates = Literal["relative", "absolute"]
 RATES: tuple[Rates, ...] = get_args(Rates)
 
 
+# What settings were before there was a choice: for trainings and graphs that were saved without them.
+BEFORE: dict[str, Any] = {"scope": "prompt", "focus": 1.0}
+
+
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 

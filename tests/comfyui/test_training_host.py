@@ -106,7 +106,7 @@ def test_encoders_stored_in_half_precision_are_converted_once(
     with torch.inference_mode():
         once = training.run()
         module = training.pack.module("perfusion.hosts.comfyui.training")
-        monkeypatch.setattr(module, "widened", lambda layers: contextlib.nullcontext())
+        monkeypatch.setattr(module, "widened", lambda tensors, keep: contextlib.nullcontext())
         assert training.run().digest == once.digest
     after = stored()
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before, after, strict=True))

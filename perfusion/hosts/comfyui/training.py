@@ -22,7 +22,7 @@ from ...family import Family
 from ...stack import ConceptStack
 from ...training.attention import WordAttention, collect
 from ..base import Encodings, Word
-from ..frozen import frozen_layers
+from ..frozen import frozen_layers, widened
 from ..replacing import replaced_forwards
 from . import text as text_side
 from .apply import Applied, attach, detach
@@ -248,7 +248,7 @@ class ComfyHost:
             self._clip.load_model = lambda tokens=None: self._clip.patcher
             stack.callback(vars(self._clip).pop, "load_model")
             self._make_ordinary()
-            stack.enter_context(widened(self.narrow_layers))
+            stack.enter_context(widened(_stored_narrow(self.narrow_layers), keep=False))
             stack.enter_context(_differentiable_encoders(self._clip.cond_stage_model))
             stack.enter_context(
                 frozen_layers(self._model.model.diffusion_model, self._clip.cond_stage_model, patched=_patched)
@@ -390,6 +390,10 @@ def _differentiable_encoders(cond_stage_model: torch.nn.Module) -> Any:
     return replaced_forwards({layer: partial(out_of_place, layer) for layer in layers})
 
 
+def _stored_narrow(layers: Sequence[torch.nn.Linear]) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in layer.parameters() if tensor.dtype in _HALF]
+
+
 def _patched(module: Any) -> bool:
     """Whether weights of a layer are made anew at each call, by functions that the host keeps for it."""
     return bool(getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()))
@@ -404,20 +408,6 @@ def checkpointed(diffusion_model: torch.nn.Module) -> Any:
     """Activations inside residual blocks and spatial transformers are computed again in the backward pass."""
     blocks = blocks_of(diffusion_model)
     return replaced_forwards({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks})
-
-
-@contextmanager
-def widened(layers: Sequence[torch.nn.Linear]) -> Iterator[None]:
-    """Layers stored in half precision, in 32 bit for the time of the block; with the same numbers afterwards."""
-    narrow = [tensor for layer in layers for tensor in layer.parameters() if tensor.dtype in _HALF]
-    stored = [tensor.dtype for tensor in narrow]
-    try:
-        for tensor in narrow:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, dtype in zip(narrow, stored, strict=True):
-            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...edit import KeyValueEdit
 from ...family import Family
 from ..base import Encodings, Word
-from ..frozen import frozen_layers
+from ..frozen import frozen_layers, widened
 from .attention import attention_maps
 from .patching import EditedProjections
 from .structure import UnsupportedPipelineError, cross_attentions, family_of
@@ -179,7 +179,7 @@ class DiffusersHost:
             for network in (self.unet, self.text_encoder):
                 _require_in_place(network)
                 stack.enter_context(_frozen(network))
-                stack.enter_context(_widened(network))
+                stack.enter_context(widened(_float16(network), keep=True))
             if self.device.type == "cpu":
                 stack.enter_context(_plain_attention(self.unet))
             stack.enter_context(frozen_layers(self.unet, self.text_encoder))
@@ -247,18 +247,9 @@ def _frozen(network: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def _widened(network: torch.nn.Module) -> Iterator[None]:
-    """Parameters and buffers of half precision in 32 bit for the time of the block; the very same ones afterwards."""
-    narrow = [t for t in (*network.parameters(), *network.buffers()) if t.dtype == torch.float16]
-    stored = [tensor.data for tensor in narrow]
-    try:
-        for tensor in narrow:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, data in zip(narrow, stored, strict=True):
-            tensor.data = data
+def _float16(network: torch.nn.Module) -> list[Tensor]:
+    """Parameters and buffers of that precision."""
+    return [t for t in (*network.parameters(), *network.buffers()) if t.dtype == torch.float16]
 
 
 @contextmanager
