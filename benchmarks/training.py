@@ -36,6 +36,7 @@ TABLE = {
     "photos encoded each step": "latents are not kept",
     "prompts encoded each sample": "one encoding for each sample, as a loop over samples has it",
     "micro batches of 1": "the batch one after the other",
+    "products by MKL": "linear layers as torch computes them on CPUs",
     "encoders as stored": "their half precision is converted at each use",
     "kept for frozen weights": "layers keep what gradients of weights would need",
     "gradients of frozen weights": "weights are not told that nobody trains them",
@@ -277,6 +278,12 @@ def _encoders_as_stored(pack: Any, host: Any, trainer: Any, photos: torch.Tensor
 
 
 @contextmanager
+def _products_by_mkl(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
+    with _attribute(pack.module("perfusion.hosts.frozen"), "_by_onednn", lambda x: False):
+        yield
+
+
+@contextmanager
 def _kept_for_frozen_weights(pack: Any, host: Any, trainer: Any, photos: torch.Tensor) -> Iterator[None]:
     with _attribute(pack.module("perfusion.hosts.frozen"), "frozen", lambda module, x: type(module).forward(module, x)):
         yield
@@ -327,6 +334,7 @@ _CHANGES: dict[str, Any] = {
     "encoders as stored": _encoders_as_stored,
     "kept for frozen weights": _kept_for_frozen_weights,
     "gradients of frozen weights": _gradients_of_frozen_weights,
+    "products by MKL": _products_by_mkl,
     "fused attention": _attention("attention_pytorch"),
     "plain attention": _attention("attention_basic"),
     "channels last": _channels_last,

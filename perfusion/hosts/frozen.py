@@ -2,6 +2,9 @@
 
 torch keeps the input of every convolution, of which only gradients of weights would need it; and of weights that are
 stored in other precision than is computed in, it keeps the converted copies of all layers until the backward pass.
+
+On CPUs the products of linear layers are oneDNN's: torch leaves those in 32 bit to MKL, which on CPUs of other makers
+than its own takes twice as long (``benchmarks.training``).
 """
 
 from __future__ import annotations
@@ -24,17 +27,22 @@ _STORED = (torch.float32, torch.float16, torch.bfloat16)
 def frozen_layers(
     *networks: nn.Module, patched: Callable[[nn.Module], bool] = lambda _: False
 ) -> AbstractContextManager[None]:
-    """For the time of the block, linear layers and convolutions keep nothing for gradients of their weights.
+    """For the time of the block, linear layers and convolutions keep nothing for gradients of their weights, and those
+    linear ones are fast that are on a CPU.
 
     Layers whose forward somebody has replaced stay as they are, and so do, call by call, those that are ``patched``:
     their weights are not what they compute with.
     """
 
     def forward(module: Any, own: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        asked = torch.is_grad_enabled() and x.requires_grad and not module.weight.requires_grad
-        if args or kwargs or not asked or module.weight.device != x.device or patched(module):
+        weight = module.weight
+        if args or kwargs or weight.requires_grad or weight.device != x.device or patched(module):
             return own(x, *args, **kwargs)
-        return frozen(module, x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return frozen(module, x)
+        if isinstance(module, nn.Linear) and _by_onednn(x):
+            return _product(x, *_in_precision_of(x, weight, module.bias))
+        return own(x)
 
     layers = [module for network in networks for module in network.modules() if _is_known(module)]
     return replaced_forwards({layer: partial(forward, layer, layer.forward) for layer in layers})
@@ -76,10 +84,23 @@ def _in_precision_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
     return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
+def _by_onednn(x: Tensor) -> bool:
+    """Whether oneDNN can be asked for products with x, by the operator that torch.compile asks it by."""
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return known and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) times a weight (out, in), and a bias (out,)."""
+    if _by_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return linear(x, weight, bias)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return linear(x, *_in_precision_of(x, weight, bias))
+        return _product(x, *_in_precision_of(x, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -88,7 +109,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return gradients[0] @ weight.to(gradients[0].dtype), None, None
+        return _product(gradients[0], weight.to(gradients[0].dtype).mT, None), None, None
 
 
 class _Convolution(torch.autograd.Function):

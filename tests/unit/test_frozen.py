@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from perfusion.hosts import frozen
 from perfusion.hosts.frozen import frozen_layers
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 6),
     "linear without bias": lambda: nn.Linear(6, 3, bias=False),
+    "wide linear": lambda: nn.Linear(6, 300),
     "convolution": lambda: nn.Conv2d(6, 4, 3, padding=1),
     "strided": lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1),
     "grouped and dilated": lambda: nn.Conv2d(6, 4, 3, dilation=2, groups=2, bias=False),
@@ -34,13 +36,18 @@ def _run(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_outputs_and_gradients_are_those_of_the_layer(name: str) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+def test_outputs_and_gradients_are_those_of_the_layer(name: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onednn:
+        monkeypatch.setattr(frozen, "_by_onednn", lambda x: False)
     torch.manual_seed(0)
     layer, x = LAYERS[name]().requires_grad_(False), _input(name)
     expected = _run(layer, x)
     with frozen_layers(layer):
         found = _run(layer, x)
-    for a, b in zip(expected, found, strict=True):
+        with torch.no_grad():
+            without_gradient = layer(x)
+    for a, b in zip((*expected, expected[0]), (*found, without_gradient), strict=True):
         torch.testing.assert_close(a, b)
     assert "forward" not in vars(layer)
 
@@ -64,7 +71,20 @@ def test_weights_as_they_are_stored_are_all_that_is_kept(name: str, stored: torc
     torch.testing.assert_close(torch.autograd.grad(made.square().sum(), x)[0], _run(wide, x)[1])
 
 
-def test_layers_that_are_trained_wrapped_or_patched_stay_what_they_are() -> None:
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 0, 6), (4, 6), (2, 3, 5, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_of_any_shape_and_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 3).to(dtype).requires_grad_(False), torch.randn(shape, dtype=dtype).requires_grad_()
+    expected = _run(layer, x)
+    with frozen_layers(layer):
+        found = _run(layer, x)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_that_are_trained_wrapped_or_patched_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "_by_onednn", lambda x: False)
     calls: list[str] = []
 
     class Wrapped(nn.Linear):
