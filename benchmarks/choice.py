@@ -1,6 +1,6 @@
 """Is the step that a training chooses by itself as good as the best? On the miniature, against exhaustive scoring.
 
-    python -m benchmarks.choice [--json] [--concepts 8] [--steps 400] [--every 25] [--prompts 384] [--folder DIR]
+    python -m benchmarks.choice [--json] [--concepts 8] [--steps 200] [--every 25] [--prompts 96] [--folder DIR]
 
 Personal things are learned from five photos each as Train Concept does it with the miniature's own CLIP Vision: steps
 are judged by eight prompts, and the training stops when its score has clearly passed its best. Then it goes on up to
@@ -11,8 +11,8 @@ wording, each with noise of its own, none of them trained on, looked at for the 
 ratio is rather higher. "last_ratio": the same for the last step. "ratio_error": the standard error of such ratios, the
 largest of all steps. All steps have the same prompts and noise, so that they are compared more exactly than any is
 known: "score_error" is the standard error of the best score, as a share of it. Both are jackknife estimates that leave
-out eight prompts at a time. "others_within": how often eight of those prompts alone would have chosen a step within 2 %
-of the best, of all up to the last.
+out eight prompts at a time. "others_within": how often eight of those prompts, in place of the training's own, would
+have chosen a step within 2 % of the best, of all up to the last.
 
 What is found is kept in ``--folder`` for each thing, and not measured again with the same settings and weights. Several
 calls with the same folder can share the work by ``--first``.
@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -43,10 +44,11 @@ from miniature.weights import FOLDER, WeightsError, read
 from perfusion.files import write_bytes_atomically
 from perfusion.hosts.diffusers import DiffusersHost
 from perfusion.statistics import TextStatistics, measure
+from perfusion.training import choice
 from perfusion.training.config import TrainingConfig
 from perfusion.training.dataset import prepare
 from perfusion.training.run import KEPT, Outcome, Run, Update
-from perfusion.training.scoring import PictureScorer, harmonic_mean, validation_prompts
+from perfusion.training.scoring import PictureScorer, Score, validation_prompts
 from perfusion.training.trainer import Subject, Trainer
 
 from .quality import PHOTOS, PLACEHOLDER, prompts_for, thing_masks
@@ -60,27 +62,36 @@ PARTS = ("unet", "vae", "text_encoder", "image_encoder")
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one thing: the ``chosen`` step, the one after which the training ``stopped``, and of all ``steps``
-    the training's ``own`` scores and the mean cosines (steps, blocks) to photos and texts of exhaustive scoring."""
+    """What came of one thing: of all ``steps``, what each picture of the training's ``own`` judge and of exhaustive
+    scoring (steps, pictures) came to, as ``Score.pictures`` has it."""
 
     category: str
-    chosen: int
-    stopped: int
     steps: list[int]
-    own: list[float]
-    images: list[list[float]]
-    texts: list[list[float]]
+    own: list[list[tuple[float, float]]]
+    pictures: list[list[tuple[float, float]]]
     seconds: float
 
     @property
     def blocks(self) -> int:
-        """Of how many blocks of prompts there are cosines."""
-        return len(self.images[0])
+        """Of how many blocks of prompts there are pictures."""
+        return len(self.pictures[0]) // BLOCK
 
-    def scores(self, kept: Tensor) -> list[float]:
+    def scores(self, kept: Tensor) -> list[Score]:
         """The exhaustive score of each step by those blocks that ``kept`` (blocks,) has."""
-        image, text = (torch.tensor(values)[:, kept].mean(1).tolist() for values in (self.images, self.texts))
-        return list(map(harmonic_mean, image, text))
+        places = kept.repeat_interleave(BLOCK).nonzero().flatten().tolist()
+        return self._scores([[pictures[place] for place in places] for pictures in self.pictures])
+
+    @property
+    def judged(self) -> list[Score]:
+        """The training's own scores, up to where it stops by itself."""
+        scores = self._scores(self.own)
+        return next((scores[:end] for end in range(1, len(scores)) if choice.has_passed(scores[:end])), scores)
+
+    def _scores(self, rows: Sequence[Sequence[tuple[float, float]]]) -> list[Score]:
+        return [
+            Score.of_pictures(step, tuple((image, text) for image, text in row))
+            for step, row in zip(self.steps, rows, strict=True)
+        ]
 
 
 class Encoders:
@@ -104,9 +115,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON alone")
     parser.add_argument("--concepts", type=int, default=8, help="personal things to learn")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
-    parser.add_argument("--steps", type=int, default=400, help="training steps for each of them")
+    parser.add_argument("--steps", type=int, default=TrainingConfig().steps, help="training steps for each of them")
     parser.add_argument("--every", type=int, default=25, help="after how many steps each one is judged")
-    parser.add_argument("--prompts", type=int, default=384, help=f"for exhaustive scoring, a multiple of {BLOCK}")
+    parser.add_argument("--prompts", type=int, default=96, help=f"for exhaustive scoring, a multiple of {BLOCK}")
     parser.add_argument("--folder", type=Path, help="where what was found is kept, and looked for")
     parser.add_argument("--weights", type=Path, default=FOLDER)
     options = parser.parse_args()
@@ -159,7 +170,7 @@ class Bench:
             judged_by = validation_prompts(self.host, trainer.subject)
             known = {*judged_by, *trainer.subject.prompts(), *trainer.context_captions()}
             prompts = held_out_prompts(category, self.blocks * BLOCK, known, Random(f"choice {number}"))
-            chosen, whole = self._trained(trainer, self._scorer(judged_by, 0))
+            whole = self._trained(trainer, self._scorer(judged_by, 0))
             scorers = [self._scorer(prompts[k : k + BLOCK], FIRST_SEED + k) for k in range(0, len(prompts), BLOCK)]
             scores = [
                 [scorer(trainer, each.concept, each.step)[0] for scorer in scorers]
@@ -167,12 +178,9 @@ class Bench:
             ]
         return Found(
             category=category,
-            chosen=chosen.best_step,
-            stopped=len(chosen.losses),
             steps=[each.step for each in whole.checkpoints],
-            own=[each.score.value for each in whole.checkpoints if each.score],
-            images=[[score.image or 0.0 for score in row] for row in scores],
-            texts=[[score.text or 0.0 for score in row] for row in scores],
+            own=[_pictures(each.score) for each in whole.checkpoints],
+            pictures=[list(chain.from_iterable(map(_pictures, row))) for row in scores],
             seconds=time.perf_counter() - started,
         )
 
@@ -183,20 +191,21 @@ class Bench:
             self.host, self.encoders, None, prompts, size=self.config.resolution, seed=seed, batch=batch
         )
 
-    def _trained(self, trainer: Trainer, scorer: PictureScorer) -> tuple[Outcome, Outcome]:
-        """What a training comes to by itself, and when it goes on to its last step from where it had stopped."""
+    def _trained(self, trainer: Trainer, scorer: PictureScorer) -> Outcome:
+        """What a training comes to that goes on to its last step."""
         category = trainer.subject.super_category
-        with (
-            tempfile.TemporaryDirectory() as temporary,
-            tqdm(total=self.config.steps, desc=f"{category}: training", unit="step") as bar,
-        ):
+        with tqdm(total=self.config.steps, desc=f"{category}: training", unit="step") as bar:
 
             def advance(update: Update) -> None:
                 bar.update(update.step - bar.n)
 
-            state = Path(temporary, "state.safetensors")
-            common: dict[str, Any] = {"scorer": scorer, "state": state, "every": self.every, "listeners": [advance]}
-            return Run(trainer, **common).run(), Run(trainer, **common, patience=0).run()
+            return Run(trainer, scorer=scorer, every=self.every, patience=0, listeners=[advance]).run()
+
+
+def _pictures(score: Score | None) -> list[tuple[float, float]]:
+    """The pictures of a score that has some."""
+    assert score is not None and score.pictures is not None
+    return list(score.pictures)
 
 
 def held_out_prompts(category: str, count: int, known: set[str], rng: Random) -> list[str]:
@@ -229,28 +238,36 @@ def overall(found: Sequence[Found]) -> dict[str, Any]:
 
 def figures(found: Found) -> dict[str, Any]:
     """The figures of one thing."""
-    scores = found.scores(torch.ones(found.blocks, dtype=torch.bool))
-    best, chosen = scores.index(max(scores)), found.steps.index(found.chosen)
+    values = _values(found, torch.ones(found.blocks, dtype=torch.bool))
+    best, chosen, stopped = values.index(max(values)), choice.best(found.judged), found.steps[len(found.judged) - 1]
     alone = [found.scores(block) for block in torch.eye(found.blocks, dtype=torch.bool)]
-    others = [scores[values.index(max(values))] / scores[best] for values in alone]
+    others = [values[choice.best(scores)] / values[best] for scores in alone]
 
     def error_of_ratio(step: int) -> float:
-        return jackknife(lambda kept: found.scores(kept)[step] / found.scores(kept)[best], found.blocks)
+        def ratio(kept: Tensor) -> float:
+            values = _values(found, kept)
+            return values[step] / values[best]
+
+        return jackknife(ratio, found.blocks)
 
     return {
         "category": found.category,
-        "chosen": found.chosen,
+        "chosen": found.steps[chosen],
         "best": found.steps[best],
-        "stopped": found.stopped,
-        "score": round(scores[chosen], 4),
-        "best_score": round(scores[best], 4),
-        "last_score": round(scores[-1], 4),
-        "ratio": round(scores[chosen] / scores[best], 4),
-        "last_ratio": round(scores[-1] / scores[best], 4),
-        "ratio_error": round(max(map(error_of_ratio, range(len(scores)))), 4),
-        "score_error": round(jackknife(lambda kept: found.scores(kept)[best], found.blocks) / scores[best], 4),
-        "others_within": round(mean(value >= WITHIN for value in others), 4),
+        "stopped": stopped,
+        "score": round(values[chosen], 4),
+        "best_score": round(values[best], 4),
+        "last_score": round(values[-1], 4),
+        "ratio": round(values[chosen] / values[best], 4),
+        "last_ratio": round(values[-1] / values[best], 4),
+        "ratio_error": round(max(map(error_of_ratio, range(len(values)))), 4),
+        "score_error": round(jackknife(lambda kept: _values(found, kept)[best], found.blocks) / values[best], 4),
+        "others_within": round(mean(ratio >= WITHIN for ratio in others), 4),
     }
+
+
+def _values(found: Found, kept: Tensor) -> list[float]:
+    return [score.value for score in found.scores(kept)]
 
 
 def jackknife(statistic: Callable[[Tensor], float], count: int) -> float:
@@ -281,7 +298,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def _digest(options: argparse.Namespace) -> str:
     """Of all that decides what comes of a thing, besides the code."""
-    content = sha256(json.dumps([options.steps, options.every, options.prompts]).encode())
+    content = sha256(json.dumps([options.steps, options.every, options.prompts, "pictures"]).encode())
     for part in PARTS:
         for _, tensor in sorted(read(part, options.weights).items()):
             content.update(tensor.numpy().tobytes())

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..concept import Concept, ConceptFileError, from_bytes
 from . import checkpoint as state_file
+from . import choice
 from .checkpoint import ResumeError
 from .config import TrainingConfig
 from .scoring import Score, Scorer
@@ -37,9 +38,6 @@ WINDOW_STEPS, WINDOW_SAMPLES = 20, 160
 # Or when a checkpoint's loss on fixed noise is this many times that before training. The noise is the same, so that
 # nothing is left to chance: no training that works doubles the loss on its own photos.
 WORSE = 2.0
-# A score is clearly below the best when it is so by more than this share. Weak scores are small differences of losses,
-# which jump from step to step.
-MARGIN, WEAK_MARGIN = 0.02, 0.5
 MOST_PATIENCE = 50
 KEPT = 64  # checkpoints; of more, those nearest to their neighbors make way
 _TIMED = 20
@@ -100,9 +98,9 @@ class Listener(Protocol):
 class Run:
     """Runs a trainer up to its number of steps, inside ``host.training()``.
 
-    A checkpoint is taken ``every`` so many steps and at the last; the best is returned. With a ``scorer`` the best is
-    the one of the highest score, and training stops when ``patience`` checkpoints in a row are clearly below it (0:
-    never). Without one it is the last.
+    A checkpoint is taken ``every`` so many steps and at the last; the best is returned. With a ``scorer`` it is the one
+    of the highest score, or the latest that is as good (``choice``), and training stops when ``patience`` checkpoints
+    in a row are clearly below the highest score (0: never). Without one it is the last.
 
     ``state`` is a file from which the training goes on if it is there, and in which it is kept: at each checkpoint, and
     when it is stopped.
@@ -115,7 +113,7 @@ class Run:
         scorer: Scorer | None = None,
         state: Path | None = None,
         every: int = 25,
-        patience: int = 4,
+        patience: int = choice.PATIENCE,
         listeners: Sequence[Listener] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -148,7 +146,7 @@ class Run:
             self._settings = state_file.settings(self.trainer)
         with self._keeping_what_was_learned():
             self._begin(known)
-            while self.trainer.steps_done < self.trainer.config.steps and not self._passed_its_peak():
+            while self.trainer.steps_done < self.trainer.config.steps and not self._has_passed:
                 self._advance()
         outcome = self._outcome()
         first, last = outcome.concept.training["fixed_loss"]
@@ -160,11 +158,22 @@ class Run:
 
     @property
     def best(self) -> Checkpoint | None:
-        """The best checkpoint so far: of equal scores the earliest, the last where there are none."""
-        scored = [each for each in self.checkpoints if each.score is not None]
-        if len(scored) < len(self.checkpoints) or not scored:
-            return self.checkpoints[-1] if self.checkpoints else None
-        return max(scored, key=_value)
+        """The best checkpoint so far (``choice.best``), the last where they have no scores."""
+        scores = self._scores
+        if scores:
+            return self.checkpoints[choice.best(scores)]
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def _has_passed(self) -> bool:
+        """Whether it has clearly passed its best, as far as it is judged."""
+        return self._scorer is not None and choice.has_passed(self._scores, self._patience)
+
+    @property
+    def _scores(self) -> list[Score]:
+        """The scores of all checkpoints; none where one of them has none."""
+        scores = [each.score for each in self.checkpoints if each.score is not None]
+        return scores if len(scores) == len(self.checkpoints) else []
 
     # --- steps
 
@@ -248,21 +257,15 @@ class Run:
         return concept, loss
 
     def _thin_out(self) -> None:
-        """Drop checkpoints beyond those that are kept: never the first, the best, or those that patience looks at."""
+        """Drop checkpoints beyond those that are kept: never the first, the best, that of the highest score, or those
+        that patience looks at.
+        """
         kept = self.checkpoints
         while len(kept) > KEPT:
-            best = self.best
-            inner = [k for k in range(1, len(kept) - max(1, self._patience)) if kept[k] is not best]
+            scores = self._scores
+            wanted = {choice.best(scores), choice.highest(scores)} if scores else set()
+            inner = [k for k in range(1, len(kept) - max(1, self._patience)) if k not in wanted]
             del kept[min(inner, key=lambda k: kept[k + 1].step - kept[k - 1].step)]
-
-    def _passed_its_peak(self) -> bool:
-        """Whether the last checkpoints are all clearly below the best."""
-        best = self.best
-        if not self._patience or self._scorer is None or best is None or best.score is None:
-            return False
-        margin = WEAK_MARGIN if best.score.weak else MARGIN
-        recent = self.checkpoints[-self._patience :]
-        return len(recent) == self._patience and all(_value(c) < (1 - margin) * best.score.value for c in recent)
 
     def _score_anew(self) -> None:
         """Scores of another scorer say nothing beside those to come."""
@@ -425,12 +428,11 @@ def _restored(entry: dict[str, Any], extra: dict[str, Any]) -> Checkpoint:
     concept = from_bytes(extra[f"concept.{step}"].numpy().tobytes(), f"the concept of step {step}")
     if score is not None:
         image, text = (None if score[name] is None else float(score[name]) for name in ("image", "text"))
-        score = Score(step, float(score["value"]), image, text, bool(score["weak"]))
+        pictures = score.get("pictures")
+        if pictures is not None:
+            pictures = tuple((float(image), float(text)) for image, text in pictures)
+        score = Score(step, float(score["value"]), image, text, bool(score["weak"]), pictures)
     return Checkpoint(step, concept, score, float(entry["loss"]))
-
-
-def _value(checkpoint: Checkpoint) -> float:
-    return checkpoint.score.value if checkpoint.score else -math.inf
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -7,10 +7,12 @@ was trained to tell which picture belongs to which text. ``LossGateScorer`` draw
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from statistics import fmean, pvariance
 from typing import Protocol
 
 import torch
@@ -69,13 +71,42 @@ class Similarity(Protocol):
 @dataclass(frozen=True)
 class Score:
     """How good the concept of a step is: ``value``, the higher the better, of what it was made of. ``weak`` ones were
-    made without looking at pictures. Scores of one scorer alone can be compared."""
+    made without looking at pictures. Scores of one scorer alone can be compared.
+
+    ``pictures`` has for each picture that was looked at its mean cosine to the photos and its cosine to its prompt.
+    """
 
     step: int
     value: float
     image: float | None
     text: float | None
     weak: bool
+    pictures: tuple[tuple[float, float], ...] | None = None
+
+    @classmethod
+    def of_pictures(cls, step: int, pictures: tuple[tuple[float, float], ...]) -> Score:
+        """The score of pictures: the harmonic mean of the means of both cosines."""
+        images, texts = zip(*pictures, strict=True)
+        image, text = fmean(images), fmean(texts)
+        return cls(step, harmonic_mean(image, text), image, text, weak=False, pictures=pictures)
+
+    def error_beside(self, other: Score) -> float:
+        """The standard error of the difference between the values of two scores, by the jackknife over their pictures.
+
+        The pictures are of the same prompts and noise, so that what is hard about those counts for both. 0 where no
+        pictures were looked at, or there is one alone.
+        """
+        if self.pictures is None or other.pictures is None or len(self.pictures) != len(other.pictures):
+            return 0.0
+        own, others = self.pictures, other.pictures
+        if len(own) < 2:
+            return 0.0
+
+        def value_without(pictures: tuple[tuple[float, float], ...], place: int) -> float:
+            return Score.of_pictures(0, pictures[:place] + pictures[place + 1 :]).value
+
+        without = [value_without(own, place) - value_without(others, place) for place in range(len(own))]
+        return math.sqrt((len(own) - 1) * pvariance(without))
 
 
 class Scorer(Protocol):
@@ -231,9 +262,9 @@ class PictureScorer:
                 self._photos = self._embedded(self._decoded(trainer.photos))
             pictures = self.draw(concept)
             embedded = self._similarity.images(pictures).float().cpu()
-            image = float((embedded @ self._photos.T).mean())
-            text = float((embedded * self._plain_texts(concept)).sum(-1).mean())
-        return Score(step, harmonic_mean(image, text), image, text, weak=False), pictures
+            images = (embedded @ self._photos.T).mean(1)
+            texts = (embedded * self._plain_texts(concept)).sum(-1)
+        return Score.of_pictures(step, tuple(zip(images.tolist(), texts.tolist(), strict=True))), pictures
 
     def _decoded(self, photos: Photos) -> list[Tensor]:
         latents = [latent for bucket in photos.buckets for latent in bucket.latents.split(1)]

@@ -153,6 +153,20 @@ def test_the_best_step_is_the_one_that_comes_back(tmp_path: Path) -> None:
     assert len(str(concept.training)) < 800
 
 
+def test_of_steps_that_pictures_cannot_tell_apart_the_latest_comes_back(state: Path) -> None:
+    cosines = {2: (0.6, 0.5), 4: (0.64, 0.43), 6: (0.3, 0.3)}
+
+    class Pictured(Listed):
+        def __call__(self, trainer: Trainer, concept: Concept, step: int) -> tuple[Score, Tensor | None]:
+            return Score.of_pictures(step, tuple((c, c) for c in cosines[step])), None
+
+    first = Run(a_trainer(steps=4), scorer=Pictured({}), state=state, every=2).run()
+    assert first.best_step == 4
+    more = Run(a_trainer(steps=6), scorer=Pictured({}), state=state, every=2).run()
+    assert (more.resumed_from, more.best_step) == (4, 4), "what pictures came to is kept with the state"
+    assert same(more, Run(a_trainer(steps=6), scorer=Pictured({}), every=2).run())
+
+
 @pytest.mark.parametrize(
     ("values", "weak", "patience", "steps"),
     [
