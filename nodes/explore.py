@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..perfusion.edit import MAX_FOCUS_SHARE
 from ..perfusion.hosts.comfyui.exploring import Sampling, TradeOffDrawing
 from ..perfusion.hosts.comfyui.lettering import as_tensor
 from ..perfusion.hosts.comfyui.scoring import ClipSimilarity, Comparison
@@ -112,6 +113,13 @@ class PerfusionTradeOff(io.ComfyNode):
                     "the one on clip is taken.",
                 ),
                 io.Image.Input("photos", optional=True, tooltip="For scores: photos the pictures should be like."),
+                # Came later, and so stands last: saved workflows tell widgets by their order.
+                io.String.Input(
+                    "focus_share",
+                    default="",
+                    optional=True,
+                    tooltip="Shares of the focus on the concept's word to try, likewise. Empty: each concept's own.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -180,9 +188,10 @@ def _cells(one: dict[str, Any], pictures: int) -> list[Setting]:
     """The grid that the inputs ask for."""
     values: dict[str, Any] = {}
     bounds = {"bias": (-1, 2), "temperature": (0.01, 1), "strength": (0.01, 2), "guidance": (0, 100)}
+    bounds["focus_share"] = (0, MAX_FOCUS_SHARE)
     for name, (least, most) in bounds.items():
         with naming(NODE, name):
-            values[name] = numbers(one[name], least, most)
+            values[name] = numbers(one.get(name, ""), least, most)
     lock: Lock | str = one["key_lock"]
     with naming(NODE):
         return grid(
@@ -192,6 +201,7 @@ def _cells(one: dict[str, Any], pictures: int) -> list[Setting]:
             list(LOCKS) if lock == BOTH else [lock],  # type: ignore[list-item]
             values["guidance"] or [one["cfg"]],
             pictures,
+            values["focus_share"],
         )
 
 
@@ -246,6 +256,7 @@ class PerfusionPickTradeOff(io.ComfyNode):
                 io.Float.Output(display_name="strength", tooltip="Its strength."),
                 io.Image.Output(display_name="images", tooltip="The pictures of that setting."),
                 io.String.Output(display_name="report", tooltip="The setting and its scores as text."),
+                io.Float.Output(display_name="focus share", tooltip="Its share of the focus."),
             ],
         )
 
@@ -267,6 +278,7 @@ class PerfusionPickTradeOff(io.ComfyNode):
             gate.strength,
             picked.pictures,
             report,
+            gate.focus_share,
             ui=ui.PreviewText(report),
         )
 

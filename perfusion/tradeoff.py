@@ -129,14 +129,18 @@ def grid(
     locks: Sequence[Lock] = (),
     guidance: Sequence[float] = (),
     pictures: int = 1,
+    focus_share: Sequence[float] = (),
 ) -> list[Setting]:
-    """Every combination, the bias running fastest; what is left empty is not varied.
+    """Every combination, the bias running fastest, then the temperature, strength and focus share; what is left empty
+    is not varied.
 
     Raises TradeOffError for more cells than ``MOST_CELLS``, or, at so many pictures a cell, than ``MOST_PICTURES``.
     """
     if any(lock not in LOCKS for lock in locks):
         raise TradeOffError(f"a key lock is one of {', '.join(LOCKS)}")
-    axes: list[Sequence[Any]] = [axis or (None,) for axis in (guidance, locks, strength, temperature, bias)]
+    axes: list[Sequence[Any]] = [
+        axis or (None,) for axis in (guidance, locks, focus_share, strength, temperature, bias)
+    ]
     cells = math.prod(len(axis) for axis in axes)
     if cells > MOST_CELLS or cells * pictures > MOST_PICTURES:
         told = " x ".join(str(len(axis)) for axis in reversed(axes) if len(axis) > 1)
@@ -144,7 +148,7 @@ def grid(
             f"this grid has {cells:,} cells ({told}) and would take {cells * pictures:,} pictures; at most "
             f"{MOST_CELLS} cells and {MOST_PICTURES} pictures are drawn. Give fewer values, or fewer pictures a cell."
         )
-    return [Setting(b, t, s, lock, g) for g, lock, s, t, b in itertools.product(*axes)]
+    return [Setting(b, t, s, lock, g, f) for g, lock, f, s, t, b in itertools.product(*axes)]
 
 
 def varied(settings: Sequence[Setting]) -> list[str]:

@@ -445,6 +445,27 @@ def test_cells_are_what_apply_and_ksampler_draw(comfy_host: ComfyHost, files: li
     assert len(run.ui["explore"]["images"]) == 2
 
 
+def test_cells_have_their_shares_of_the_focus(comfy_host: ComfyHost, files: list[str]) -> None:
+    prompt = exploring(bias="0.4, 0.6", temperature="0.15", focus_share="0, 1", **SCORED)
+    prompt["one"]["inputs"]["focus_share"] = 0.0  # what is not tried makes no difference to what is
+    prompt["pick"] = node("PerfusionPickTradeOff", trade_off=["explore", 3], rule="harmonic mean", least_text=0.25)
+    picked, share = ("pick", 0), ("pick", 7)
+    run = comfy_host.execute(prompt, keep=[IMAGES, FOUND, REPORT, picked, share])
+    settings = [trial.setting for trial in run[FOUND].trials]
+    assert [(setting.bias, setting.focus_share) for setting in settings] == [(0.4, 0), (0.6, 0), (0.4, 1), (0.6, 1)]
+    assert run[REPORT].splitlines()[0].split()[:2] == ["bias", "focus_share"]
+    for number, setting in enumerate(settings):
+        use = one("explore-0.safetensors", bias=setting.bias, focus_share=setting.focus_share)
+        drawn = drawing(f"a photo of a {TEDDY} on the beach", ["one", 0], {"one": use})
+        drawn["latent"]["inputs"]["batch_size"] = 2
+        drawn["sampler"]["inputs"] |= {"seed": 3, "cfg": 4.0}
+        expected = comfy_host.execute(drawn, keep=[IMAGE])[IMAGE]
+        assert torch.allclose(run[IMAGES][2 * number : 2 * number + 2], expected, atol=2e-3), setting
+    assert not torch.allclose(run[IMAGES][0], run[IMAGES][4], atol=1e-2), "the focus makes a difference"
+    chosen = max(run[FOUND].trials, key=lambda trial: trial.harmonic).setting
+    assert run[share] == chosen.focus_share == run[picked].uses[0].gate.focus_share
+
+
 def test_scores_and_what_is_picked(comfy_host: ComfyHost, files: list[str]) -> None:
     prompt = exploring(**SCORED)
     prompt["pick"] = node("PerfusionPickTradeOff", trade_off=["explore", 3], rule="harmonic mean", least_text=0.25)

@@ -64,6 +64,13 @@ def test_every_combination_the_bias_fastest() -> None:
     assert len(set(cells)) == len(cells) == 8
     assert [cell.bias for cell in cells] == [0.1, 0.2] * 4
     assert [cell.lock for cell in cells] == ["local"] * 4 + ["global"] * 4
+    shares = grid([0.1, 0.2], strength=[0.5, 1.0], focus_share=[0.0, 1.0])
+    assert [(cell.strength, cell.focus_share) for cell in shares[::2]] == [
+        (0.5, 0.0),
+        (1.0, 0.0),
+        (0.5, 1.0),
+        (1.0, 1.0),
+    ]
     assert grid() == [Setting()]
 
 

@@ -77,9 +77,9 @@ class TradeOffDrawing:
 
         Raises what ``apply_concepts`` does.
         """
-        for (_, guidance), group in groupby(settings, key=lambda setting: (setting.lock, setting.guidance)):
+        for (_, guidance, _), group in groupby(settings, key=_drawn_together):
             cells = list(group)
-            own = dict.fromkeys((field.name for field in fields(Gate)), None)
+            own = dict.fromkeys((field.name for field in fields(Gate) if field.name != "focus_share"), None)
             stack = replace(cells[0], **own).applied(self._stack, self._word)
             model, clip = apply_concepts(self._model, self._clip, stack)
             positive, negative = (
@@ -143,3 +143,8 @@ class TradeOffDrawing:
             disable_pbar=True,
             seed=sampling.seed,
         )
+
+
+def _drawn_together(setting: Setting) -> tuple[Any, ...]:
+    """What cells must have in common: model and CLIP are prepared otherwise where no word is to be looked at more."""
+    return setting.lock, setting.guidance, setting.focus_share == 0

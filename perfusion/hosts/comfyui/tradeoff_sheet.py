@@ -16,7 +16,7 @@ _MARGIN, _GAP, _LABEL, _HEADER, _CAPTION = 28, 12, 132, 26, 40
 _SIDE, _WIDEST = 208, 4096  # pixels of a cell, and of the whole sheet
 _BEST, _FRONT, _GRID = "#c2410c", "#2563eb", "#eceff4"
 _COLORS = ("#2563eb", "#0f766e", "#9333ea", "#b45309", "#be123c", "#4d7c0f")
-_NAMES = {"lock": "key lock"}
+_NAMES = {"lock": "key lock", "focus_share": "focus share"}
 
 
 def contact_sheet(trade_off: TradeOff, cells: Sequence[Setting]) -> Image.Image:
