@@ -39,6 +39,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from .focus import Focus
 from .locking import KeyLock, Lock
 
 Form = Literal["paper", "preserving"]
@@ -355,8 +356,8 @@ class KeyValueEdit:
     ``numbers``, of the concept whose word it is, 0 for others. Of concepts that are ``confined`` (j,), the edit is then
     at their own words alone, whatever r is elsewhere: W e_m of all other tokens stays as it is.
 
-    Concepts of a ``focus`` (j,) above 1 have their words looked at more: a host that can adds ``focus_bias`` before the
-    softmax of cross-attention.
+    Concepts of a ``focus`` (j,) above 1 have their words looked at more: a host that can adds what ``focus()`` says
+    before the softmax of cross-attention, for several concepts place by place (``places``).
     """
 
     def __init__(
@@ -442,14 +443,14 @@ class KeyValueEdit:
         """Whether the words of any concept are to be looked at more than by themselves."""
         return self._focus is not None
 
-    def focus_bias(self, context: Tensor) -> Tensor | None:
-        """What is added before the softmax of cross-attention, for all places alike: (b, m, d) -> (b, 1, m), float32;
-        None where no word is to be looked at more.
+    def focus(self, context: Tensor) -> Focus | None:
+        """What is added before the softmax of cross-attention for each concept's words in a context (b, m, d); None
+        where no word is to be looked at more.
 
-        Of a token m it is ``share_j strength_j g_mj w_mj log(focus_j)``, of a strength that counts up to 1, with w_mj 1
-        for a word of concept j and 0 for others: at full share and strength, with its gate open, the word's part of the
-        attention is multiplied by the focus (before all parts are brought to a sum of 1); as the gate shuts, by less.
-        No gradient goes through it.
+        Of a token m and concept j it is ``share_j strength_j g_mj w_mj log(focus_j)``, of a strength that counts up to
+        1, with w_mj 1 for a word of the concept and 0 for others: at full share and strength, with its gate open, the
+        word's part of the attention is multiplied by the focus (before all parts are brought to a sum of 1); as the
+        gate shuts, by less. No gradient goes through it.
         """
         if self._focus is None:
             return None
@@ -457,11 +458,11 @@ class KeyValueEdit:
             return self._focus_of(context)
         return self._remembered_focus.value((context, self.words), lambda: self._focus_of(context))
 
-    def _focus_of(self, context: Tensor) -> Tensor:
+    def _focus_of(self, context: Tensor) -> Focus:
         with torch.no_grad(), _full_precision(context.device):
             counting = self.directions_on(context.device).focused(context)
             share = counting * self.gates(context) * of_own_word(self.belonging(context))
-            return torch.einsum("bmj,j->bm", share, self._flags(context.device)[2].to(share)).unsqueeze(1)
+            return Focus(share * self._flags(context.device)[2].to(share))
 
     def _owners(self, context: Tensor) -> Tensor | None:
         """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""

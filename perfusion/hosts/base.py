@@ -145,7 +145,7 @@ class Host(TextHost, Protocol):
         sizes: Tensor | None = None,
     ) -> Tensor:
         """x0 estimated from ``noisy`` = x0 + sigma * noise (b, c, h, w), sigma (b,), with keys and values edited and
-        ``edit.focus_bias`` added before the softmax of cross-attention.
+        ``edit.focus`` added before the softmax of cross-attention.
 
         ``sizes`` (b, 2): height and width in pixels of what each latent shows, before it was resized, for families
         whose network is told; without, the size that it has now.

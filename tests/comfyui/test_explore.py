@@ -256,6 +256,53 @@ def test_a_focus_has_its_share_and_its_schedule(lab: Lab) -> None:
     assert torch.equal(drawn(lab, part, text, negative), drawn(lab, lab.model, text, negative))
 
 
+def focused_pair(lab: Lab) -> Any:
+    stack, opened = lab.host.module("perfusion.stack"), lab.host.module("perfusion.edit").Gate(bias=-3.0)
+    concepts = lab.concept(), lab.concept(CAT, "cat", seed=1)
+    return stack.ConceptStack(tuple(stack.ConceptUse(replace(each, focus=20.0), opened) for each in concepts))
+
+
+def test_words_of_several_concepts_are_looked_at_by_place(lab: Lab) -> None:
+    model, clip = at(lab, focused_pair(lab))
+    watched, masks = model.clone(), Masks()
+    watched.model_options["transformer_options"] = {"optimized_attention_override": masks}
+    text, negative = lab.encode(clip, BOTH), lab.encode(clip, "blurry")
+    found = lab.sample(watched, text, negative)
+    given = [(places, mask) for places, mask in masks.seen if mask is not None]
+    by_place = [mask.shape[1] == places for places, mask in given]
+    layers = by_place.count(False)
+    assert by_place[:1] == [False] and all(by_place[layers:]), "nothing is known only where the first step begins"
+    last = given[-1][1]
+    assert float(last.max()) > 1 and float(last.min()) < -1, "what is looked at more here is so less there"
+    named = last.amax(1) > 0.1
+    assert sorted(named.sum(1).tolist()) == [0, 2], "both words of the prompt, none of the negative prompt"
+    assert torch.equal(found, lab.sample(model, text, negative)), "and a sampling knows nothing of the one before"
+    # Each of several prompts at a time has its own places.
+    one = lab.encode(clip, f"a {CAT} and a {TEDDY} in the snow")
+    several = lab.sample(model, text + one, negative)
+    assert torch.equal(several, lab.sample(model, text + one, negative))
+    lab.sample(model, text, negative)
+    assert torch.equal(found, lab.sample(model, text, negative))
+
+
+def test_a_concept_with_a_region_does_not_compete_for_places(lab: Lab) -> None:
+    stack = lab.host.module("perfusion.stack")
+    half = torch.zeros(8, 8)
+    half[:, :4] = 1
+    teddy, cat = focused_pair(lab).uses
+    model, clip = at(lab, stack.ConceptStack((replace(teddy, region=half), cat)))
+    watched, masks = model.clone(), Masks()
+    watched.model_options["transformer_options"] = {"optimized_attention_override": masks}
+    lab.sample(watched, lab.encode(clip, BOTH), lab.encode(clip, "blurry"))
+    last = next(mask for places, mask in reversed(masks.seen) if mask is not None and places == 64)
+    row = last[last.amax((1, 2)) > 1][0].view(8, 8, -1)
+    words = [token for token in range(row.shape[-1]) if float(row[..., token].max()) > 1]
+    assert len(words) == 2
+    regional, free = sorted(words, key=lambda token: float(row[..., token].min()))
+    assert float(row[:, :4, regional].min()) > 1 and float(row[:, 4:, regional].max()) < -1
+    assert torch.allclose(row[..., free], row[0, 0, free].expand(8, 8)), "the other is looked at everywhere"
+
+
 def test_blocks_that_others_do_in_their_own_way_are_told_of(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     model, clip = at(lab, focused(lab))
     text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")

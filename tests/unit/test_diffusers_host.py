@@ -38,6 +38,7 @@ from perfusion.hosts.base import Host, Word
 from perfusion.hosts.diffusers import DiffusersHost, UnsupportedPipelineError, apply, draw, encode_prompts
 from perfusion.hosts.diffusers.patching import EditedProjections, _Attention
 from perfusion.hosts.diffusers.structure import cross_attentions, family_of, spatial_transformers
+from perfusion.places import Places
 from perfusion.scope import ScopedText
 from perfusion.stack import ConceptStack, ConceptUse, StackError, word_number
 from perfusion.statistics import measure
@@ -911,12 +912,74 @@ def test_a_focus_counts_for_the_text_beside_pictures() -> None:
     edit.words = torch.tensor([[0, 0, 7, 0, 0]])
     owner = EditedProjections(torch.nn.Module())
     hidden = torch.randn(1, 9, 8)
-    standing_in = _Attention(owner, layer)
+    standing_in = _Attention(owner, "input_blocks.1.1.transformer_blocks.0", layer)
     plain = standing_in(hidden, (context, pictures))
     owner.edit = edit
     focused = standing_in(hidden, (context, pictures))
     only_the_word = layer(hidden, (context[:, 2:3], pictures))
     assert (focused - only_the_word).abs().max() < 0.2 * (plain - only_the_word).abs().max()
+
+
+BOTH = f"a photo of a {TEDDY} and a {CAT}"
+
+
+def focused_pair(host: DiffusersHost) -> ConceptStack:
+    return stack_of(*(replace(concept, focus=30.0) for concept in two_concepts(host).concepts))
+
+
+def test_words_of_several_concepts_are_looked_at_by_place(
+    pipe: Any, host: DiffusersHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, Any]] = []
+    shares = Places.shares
+
+    def watched(self: Places, focus: Any, size: Any) -> Any:
+        found = shares(self, focus, size)
+        asked.append((self._before is not None, found))
+        return found
+
+    monkeypatch.setattr(Places, "shares", watched)
+    with apply(pipe, focused_pair(host)):
+        by_place = call(pipe, [BOTH, PROMPT], ["", "blurry"], num_inference_steps=3)
+        layers = len(asked) // 3
+        assert [before for before, _ in asked] == [False] * layers + [True] * 2 * layers
+        assert asked[0][1] is None and all(found is not None for _, found in asked[layers:])
+        monkeypatch.setattr(Places, "shares", lambda *_: None)
+        everywhere = call(pipe, [BOTH, PROMPT], ["", "blurry"], num_inference_steps=3)
+    assert not torch.allclose(by_place[0], everywhere[0], atol=1e-2)
+    assert torch.allclose(by_place[1], everywhere[1], atol=1e-4), "a prompt of one word"
+
+
+def test_a_new_sampling_knows_nothing_of_places(pipe: Any, host: DiffusersHost) -> None:
+    """With the very encodings of the one before, and where that one was stopped."""
+    stack = focused_pair(host)
+    with torch.no_grad():
+        context = host.text.encode_stack([BOTH], stack)[0]
+        negative = host.encode([""]).context
+
+    def drawn(**settings: Any) -> Tensor:
+        return call(pipe, None, prompt_embeds=context, negative_prompt_embeds=negative, **settings)
+
+    def stop(pipeline: Any, step: int, *_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with apply(pipe, stack):
+        first, one_step = drawn(), drawn(num_inference_steps=1)
+        with pytest.raises(KeyboardInterrupt):
+            drawn(callback_on_step_end=stop)
+        assert torch.equal(drawn(), first)
+        assert torch.equal(drawn(num_inference_steps=1), one_step)
+        assert torch.equal(drawn(num_inference_steps=1), one_step)
+
+
+def test_places_are_of_each_picture_alone(host: DiffusersHost) -> None:
+    stack, size = focused_pair(host), 8 * host.latent_scale
+    prompts = [BOTH, f"a {CAT} on a {TEDDY}", PROMPT]
+    settings: Any = {"steps": 3, "guidance": 4.0, "size": size}
+    together = draw(host, stack, prompts, [1, 2, 3], **settings)
+    for number, prompt in enumerate(prompts):
+        alone = draw(host, stack, [prompt], [number + 1], **settings)
+        assert torch.allclose(together[number], alone[0], atol=1e-4), prompt
 
 
 def test_training_in_half_precision(pipe: Any, host: DiffusersHost) -> None:

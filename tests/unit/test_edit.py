@@ -181,8 +181,10 @@ def test_a_focus_multiplies_the_share_of_its_own_word_alone() -> None:
     words[0, 2], words[0, 7], words[0, 8] = 11, 22, 22
     edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11, 22], focus=[1.0, 30.0])
     edit.words = words
-    bias = edit.focus_bias(context)
-    assert edit.focuses and bias is not None and bias.shape == (2, 1, 77)
+    focus = edit.focus(context)
+    assert edit.focuses and focus is not None and not focus.competes
+    bias = focus.everywhere
+    assert bias.shape == (2, 1, 77) and focus.present.tolist() == [[False, True], [False, False]]
     scores = torch.randn(2, 5, 77)
     before, after = torch.softmax(scores, -1), torch.softmax(scores + bias, -1)
     odds = (after / after[..., :1]) / (before / before[..., :1])
@@ -190,10 +192,29 @@ def test_a_focus_multiplies_the_share_of_its_own_word_alone() -> None:
     others = [m for m in range(77) if m not in (7, 8)]
     assert torch.allclose(odds[0][:, others], torch.tensor(1.0), rtol=1e-4)
     assert torch.equal(bias[1], torch.zeros(1, 77)), "a prompt without the words"
-    assert edit.focus_bias(context) is bias, "made once for all layers"
+    assert edit.focus(context) is focus, "made once for all layers"
     edit.words = words.flip(0)
-    of_others = edit.focus_bias(context)
-    assert of_others is not None and of_others[1, 0, 2] == 0 < of_others[1, 0, 7], "and anew for other words"
+    of_others = edit.focus(context)
+    assert of_others is not None, "and anew for other words"
+    assert of_others.everywhere[1, 0, 2] == 0 < of_others.everywhere[1, 0, 7]
+
+
+def test_words_of_several_concepts_compete() -> None:
+    world = World(2, gates=[Gate(-9.0), Gate(-9.0)])
+    context, words = world.context(batch=2), torch.zeros(2, 77, dtype=torch.long)
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11, 22], focus=[20.0, 30.0])
+
+    def competes(*places: tuple[int, int, int]) -> bool:
+        edit.words = words.clone()
+        for row, token, number in places:
+            edit.words[row, token] = number
+        focus = edit.focus(context)
+        assert focus is not None
+        return focus.competes
+
+    assert competes((0, 2, 11), (0, 5, 22))
+    assert not competes((0, 2, 11), (1, 5, 22)), "in one prompt"
+    assert not competes((0, 2, 11), (0, 5, 11))
 
 
 def test_a_focus_goes_with_strength_and_gate() -> None:
@@ -204,9 +225,9 @@ def test_a_focus_goes_with_strength_and_gate() -> None:
         words[0, 4] = 11
         edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11], focus=[10.0])
         edit.words = words
-        bias = edit.focus_bias(context)
-        assert bias is not None
-        return float(bias[0, 0, 4])
+        focus = edit.focus(context)
+        assert focus is not None
+        return float(focus.everywhere[0, 0, 4])
 
     full = of(Gate(0.5, 0.05))
     assert full == pytest.approx(math.log(10), rel=1e-3)
@@ -220,7 +241,7 @@ def test_a_focus_goes_with_strength_and_gate() -> None:
 def test_without_focus_there_is_nothing_to_add() -> None:
     world = World(2)
     edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, focus=[1.0, 1.0])
-    assert not edit.focuses and edit.focus_bias(world.context()) is None
+    assert not edit.focuses and edit.focus(world.context()) is None
 
 
 def test_a_word_that_nobody_told_of_is_known_by_its_encoding() -> None:
@@ -228,8 +249,10 @@ def test_a_word_that_nobody_told_of_is_known_by_its_encoding() -> None:
     context = 0.01 * torch.randn(1, 77, WIDTH)
     context[0, 4] = world.i_star[0]
     edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11], focus=[10.0])
-    bias = edit.focus_bias(context)
-    assert bias is not None and bias[0, 0].nonzero().flatten().tolist() == [4] and float(bias[0, 0, 4]) > 1.5
+    focus = edit.focus(context)
+    assert focus is not None
+    bias = focus.everywhere[0, 0]
+    assert bias.nonzero().flatten().tolist() == [4] and float(bias[4]) > 1.5
 
 
 # --- oracle 1: perfusion-pytorch, one concept

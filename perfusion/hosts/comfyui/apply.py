@@ -20,6 +20,7 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor
 
 from ...edit import Gate, KeyValueEdit
+from ...places import Places
 from ...stack import ConceptStack, shut_words
 from .steering import replaced_in, steered
 from .structure import projections
@@ -37,7 +38,8 @@ class Applied:
 
     ``rows``: gates of each concept for each row of a batch, see ``ConceptStack.edit``. ``edit`` is what is in force:
     that of all concepts, but for the time of one call of the network that in which those are shut that are not in at
-    its level of noise. ``picture`` is the height and width of what is sampled.
+    its level of noise. ``picture`` is the height and width of what is sampled, and ``said`` what the last call of the
+    network in this sampling said of the places of words, by the id of the prompt.
     """
 
     def __init__(self, stack: ConceptStack, rows: Rows | None = None):
@@ -45,6 +47,7 @@ class Applied:
         self.rows = rows
         self.told_of_fallback = self.told_of_regions = self.told_of_scope = self.told_of_blocks = False
         self.picture: tuple[int, int] | None = None
+        self.said: dict[Any, Tensor] = {}
         self.edit: KeyValueEdit | None = stack.edit(rows) if len(stack) else None
         self.scheduled = not all(use.always for use in stack.uses)
         self.has_regions = any(use.region is not None for use in stack.uses)
@@ -175,12 +178,35 @@ def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
         if owner.edit is None:
             return executor(*args, **kwargs)
         regions = [use.region for use in owner.stack.uses] if owner.has_regions and _is_whole(owner, args[0]) else []
-        if regions or owner.edit.focuses:
-            steer = partial(steered, edit=owner.edit, regions=regions)
-            args, kwargs = _with_options(args, kwargs, partial(_told_of_blocks, owner, steer))
-        return _told(owner, shift, words, executor, args, kwargs)
+        if not regions and not owner.edit.focuses:
+            return _told(owner, shift, words, executor, args, kwargs)
+        rows = _prompts_of(owner, args, kwargs)
+        places = Places(_said_before(owner, rows))
+        steer = partial(steered, edit=owner.edit, regions=regions, places=places)
+        args, kwargs = _with_options(args, kwargs, partial(_told_of_blocks, owner, steer))
+        made = _told(owner, shift, words, executor, args, kwargs)
+        if rows and places.said is not None:
+            owner.said |= dict(zip(rows, places.said.chunk(len(rows)), strict=True))
+        return made
     finally:
         owner.edit = everything
+
+
+def _prompts_of(owner: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The ids of the prompts in one call of the network, each for as many rows; none for a part of a picture, or where
+    the host does not tell.
+    """
+    if owner.picture != tuple(args[0].shape[-2:]):
+        return []
+    ids = list((_options_of(args, kwargs)).get("uuids") or [])
+    return ids if ids and len(args[0]) % len(ids) == 0 else []
+
+
+def _said_before(owner: Applied, rows: Sequence[Any]) -> Tensor | None:
+    """What the last call said of the places of words in these prompts, where it did of all."""
+    found = [owner.said.get(row) for row in rows]
+    known = [said for said in found if said is not None]
+    return torch.cat(known) if known and len(known) == len(found) else None
 
 
 def _told_of_blocks(
@@ -218,14 +244,19 @@ def _in_turn(stack: ConceptStack, sigma: Tensor, sampling: Any) -> tuple[bool, .
     )
 
 
+def _options_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The transformer options of a call of the network, given by name or in their place."""
+    return (args[_OPTIONS_PLACE] if len(args) > _OPTIONS_PLACE else kwargs.get("transformer_options")) or {}
+
+
 def _with_options(
     args: tuple[Any, ...], kwargs: dict[str, Any], changed: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of the network with other transformer options, by name or in their place."""
+    options = changed(_options_of(args, kwargs))
     if len(args) > _OPTIONS_PLACE:
-        options = changed(args[_OPTIONS_PLACE])
         return (*args[:_OPTIONS_PLACE], options, *args[_OPTIONS_PLACE + 1 :]), kwargs
-    return args, {**kwargs, "transformer_options": changed(kwargs.get("transformer_options") or {})}
+    return args, {**kwargs, "transformer_options": options}
 
 
 def _told(owner: Applied, shift: Tensor | None, words: Tensor | None, executor: Any, args: Any, kwargs: Any) -> Any:
@@ -280,10 +311,15 @@ def _before_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
             if stale:
                 conditioning["model_conds"] = {key: value for key, value in told.items() if key not in stale}
     owner = executor.class_obj.model_patcher.get_attachment(KEY)
-    if owner is not None:
-        owner.picture = tuple(args[0].shape[-2:])
-        _warn_of_shut_gates(owner, getattr(executor.class_obj, "conds", {}))
-    return executor(*args, **kwargs)
+    if owner is None:
+        return executor(*args, **kwargs)
+    owner.picture = tuple(args[0].shape[-2:])
+    owner.said.clear()
+    _warn_of_shut_gates(owner, getattr(executor.class_obj, "conds", {}))
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        owner.said.clear()
 
 
 _WRAPPERS = {WrappersMP.APPLY_MODEL: _around_network, WrappersMP.OUTER_SAMPLE: _before_sampling}

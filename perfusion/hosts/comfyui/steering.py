@@ -6,23 +6,32 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.ldm.modules.attention as comfy_attention
+import torch
 from torch import Tensor
 
 from ...edit import KeyValueEdit
-from ...focus import with_mask
+from ...focus import Focus, with_mask
+from ...places import Places, placed
 from ...regions import attention_bias, sizes_of
 
 _WITHOUT_MASKS = {"attention_sage", "attention3_sage", "attention_flash"}
 
 
-def steered(options: dict[str, Any], *, edit: KeyValueEdit, regions: Sequence[Tensor | None] = ()) -> dict[str, Any]:
+def steered(
+    options: dict[str, Any],
+    *,
+    edit: KeyValueEdit,
+    regions: Sequence[Tensor | None] = (),
+    places: Places | None = None,
+) -> dict[str, Any]:
     """Transformer options with which cross-attention looks for the words of an edit's concepts in their regions, and
-    as much as their focus says.
+    as much as their focus says, where ``places`` has them; without those everywhere alike.
 
     ``regions`` are (height, width) of the whole picture, None for a concept that may be anywhere. What other extensions
     have put into the options stays: their patches come first, and their attention does the work.
     """
-    layers = _Layers(edit, regions, options.get("optimized_attention_override"), replaced=replaced_in(options))
+    following, replaced = options.get("optimized_attention_override"), replaced_in(options)
+    layers = _Layers(edit, regions, places, following, replaced=replaced)
     patches = dict(options.get("patches", {}))
     patches["attn2_patch"] = [*patches.get("attn2_patch", []), layers.announce]
     return {**options, "patches": patches, "optimized_attention_override": layers.attend}
@@ -40,16 +49,21 @@ class _Layers:
         self,
         edit: KeyValueEdit,
         regions: Sequence[Tensor | None],
+        places: Places | None,
         following: Callable[..., Tensor] | None,
         *,
         replaced: bool,
     ):
-        self._edit, self._regions, self._following, self._replaced = edit, regions, following, replaced
+        self._edit, self._regions, self._places = edit, regions, places
+        self._following, self._replaced = following, replaced
         self._context: Tensor | None = None
         self._announced = 0  # places that look, in the layer whose attention comes next
+        self._stage: Any = ""
         self._size: tuple[int, int] | None = None
         self._biases: dict[tuple[int, int], Tensor | None] = {}
         self._belonging: Tensor | None = None
+        self._everywhere: Tensor | None = None
+        self._competing: Focus | None = None
 
     def announce(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, ...]:
         """The host's patch before a block's cross-attention, which changes nothing."""
@@ -57,8 +71,11 @@ class _Layers:
         if context is not self._context:
             self._context, self._biases = context, {}
             self._belonging = self._edit.belonging(context) if self._regions else None
+            self._everywhere, self._competing = self._focus_in(context)
         self._announced = n.shape[1]
-        self._size = sizes_of(*extra["original_shape"][-2:]).get(n.shape[1]) if self._regions else None
+        self._stage = extra.get("block", ("",))[0]
+        by_place = self._regions or self._competing is not None
+        self._size = sizes_of(*extra["original_shape"][-2:]).get(n.shape[1]) if by_place else None
         return n, context, value
 
     def attend(
@@ -70,7 +87,7 @@ class _Layers:
         if self._replaced and k.shape[1] == q.shape[1]:
             announced = 0
         if announced == q.shape[1] and self._context is not None and k.shape[:2] == self._context.shape[:2]:
-            bias = self._bias(self._context)
+            bias = self._bias(q, k)
             mask = args[0] if args else kwargs.pop("mask", None)
             if bias is not None:
                 mask, chosen = with_mask(bias.to(q), mask), _taking_masks(chosen)
@@ -79,14 +96,40 @@ class _Layers:
             return self._following(chosen, q, k, v, heads, *args, **kwargs)
         return chosen(q, k, v, heads, *args, **kwargs)
 
-    def _bias(self, context: Tensor) -> Tensor | None:
-        """What is added before the softmax: (b, places or 1, m)."""
-        parts = [self._region_bias(self._size), self._edit.focus_bias(context)]
+    def _focus_in(self, context: Tensor) -> tuple[Tensor | None, Focus | None]:
+        """What is added at all places alike, (b, 1, m), and what concepts compete for places with.
+
+        A concept with a region has its place.
+        """
+        focus = self._edit.focus(context)
+        if focus is None:
+            return None, None
+        placeless = [region is None for region in self._regions] or [True] * focus.parts.shape[-1]
+        free = torch.tensor(placeless, device=focus.parts.device)
+        competing = Focus(focus.parts * free)
+        if self._places is None or not competing.competes:
+            return focus.everywhere, None
+        return Focus(focus.parts * ~free).everywhere, competing
+
+    def _bias(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """What is added before the softmax of queries (b, places, i) and keys (b, m, i): (b, places or 1, m)."""
+        parts = [self._region_bias(self._size), self._everywhere, self._placed_bias(self._size, q, k)]
         present = [part for part in parts if part is not None]
         return sum(present[1:], present[0]) if present else None
 
-    def _region_bias(self, size: tuple[int, int] | None) -> Tensor | None:
+    def _placed_bias(self, size: tuple[int, int] | None, q: Tensor, k: Tensor) -> Tensor | None:
+        focus, places = self._competing, self._places
+        if focus is None or places is None:
+            return None
         if size is None:
+            return focus.everywhere
+        if places.asks(self._stage, size):
+            places.add(q, k, focus, size)
+        shares = places.shares(focus, size)
+        return focus.everywhere if shares is None else placed(focus, shares)
+
+    def _region_bias(self, size: tuple[int, int] | None) -> Tensor | None:
+        if size is None or not self._regions:
             return None
         if size not in self._biases:
             assert self._belonging is not None

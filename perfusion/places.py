@@ -1,0 +1,108 @@
+"""Which of several concepts' words the model looks at where, so that each thing of a picture keeps its own looks.
+
+Words that are looked at more (``KeyValueEdit.focus``) are so everywhere: the looks of one concept get into the
+thing of another. But the network knows early where each thing is to be. Where its decoder begins, a place p that will
+show the thing of concept j has the larger product with that concept's key,
+
+    s_j(p) = q_p . k_j        less its mean over the picture; k_j the mean key of the concept's words
+
+already in the first step of sampling. So concepts compete for places, by
+
+    w_j(p) = softmax_j(3 s_j(p) / sigma)        with sigma the standard deviation of s over the picture
+
+and what is added before the softmax for a word of concept j is multiplied by ``2 w_j(p) - 1``: all of it where the
+thing of its concept is, the same taken away where that of another is. One concept alone has w = 1. All
+layers look by what those said in the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from .focus import Focus
+
+Stage = Literal["input", "middle", "output"]  # of a UNet: its encoder, its middle, its decoder
+Size = tuple[int, int]  # height and width, in places
+
+_SHARPNESS = 3.0
+_LEAST = 1e-6
+
+
+def placed(focus: Focus, shares: Tensor) -> Tensor:
+    """What is added before the softmax at each place, by the shares (b, t, j) of concepts: (b, t, m)."""
+    return einsum(focus.parts, 2 * shares - 1, "b m j, b t j -> b t m")
+
+
+class Places:
+    """One call of the network: where the words of concepts are looked at, by the layers that know.
+
+    ``before`` is what they said in the call before, (b, j, height, width), of the same prompts: see ``said``.
+    """
+
+    def __init__(self, before: Tensor | None = None):
+        self._before = before
+        self._maps: list[Tensor] = []
+        self._decoder: Size | None = None
+        self._shares: dict[Size, tuple[int, Tensor]] = {}
+
+    def asks(self, stage: Stage, size: Size) -> bool:
+        """Whether a layer with so many places is one that knows: of the decoder's first that look at the text."""
+        if stage == "output" and self._decoder is None:
+            self._decoder = size
+        return stage == "output" and size == self._decoder
+
+    def add(self, queries: Tensor, keys: Tensor, focus: Focus, size: Size) -> None:
+        """What such a layer says, by its queries (b, t, i) and keys (b, m, i), of all heads side by side."""
+        with torch.no_grad():
+            words = focus.parts / focus.parts.sum(1, keepdim=True).clamp_min(_LEAST)
+            key = einsum(words, keys.float(), "b m j, b m i -> b j i")
+            said = einsum(queries.float(), key, "b t i, b j i -> b j t") / queries.shape[-1] ** 0.5
+            said = said - said.mean(-1, keepdim=True)
+            self._maps.append(rearrange(said, "b j (h w) -> b j h w", h=size[0]))
+
+    def shares(self, focus: Focus, size: Size) -> Tensor | None:
+        """w of each concept at the places of a layer: (b, t, j), None where no layer has said anything yet."""
+        known = [self._before] if self._before is not None else self._maps
+        if not known:
+            return None
+        if size not in self._shares or self._shares[size][0] != len(known):
+            self._shares[size] = len(known), _shares(known, focus.present, size)
+        return self._shares[size][1]
+
+    @property
+    def said(self) -> Tensor | None:
+        """The mean of what was said in this call, for the next: (b, j, height, width), as large as the largest."""
+        if not self._maps:
+            return None
+        return _mean(self._maps, max(_size(said) for said in self._maps))
+
+
+def _shares(said: Sequence[Tensor], present: Tensor, size: Size) -> Tensor:
+    mean = _mean(said, max(map(_size, said)))
+    there = rearrange(present, "b j -> b j 1 1")
+    spread = mean.flatten(2).std(-1) * present
+    sigma = spread.sum(-1) / present.sum(-1).clamp_min(1)
+    scaled = _SHARPNESS * mean / rearrange(sigma.clamp_min(_LEAST), "b -> b 1 1 1")
+    shares = torch.softmax(scaled.masked_fill(~there, float("-inf")), 1).nan_to_num(1.0)
+    return rearrange(_resized(shares, size), "b j h w -> b (h w) j")
+
+
+def _mean(maps: Sequence[Tensor], size: Size) -> Tensor:
+    return torch.stack([_resized(one, size) for one in maps]).mean(0)
+
+
+def _resized(maps: Tensor, size: Size) -> Tensor:
+    if _size(maps) == size:
+        return maps
+    smaller = size[0] < maps.shape[-2]
+    return interpolate(maps, size=size, mode="area") if smaller else interpolate(maps, size=size, mode="bilinear")
+
+
+def _size(maps: Tensor) -> Size:
+    return maps.shape[-2], maps.shape[-1]

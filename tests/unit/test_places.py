@@ -1,0 +1,115 @@
+"""Which of several concepts' words is looked at where."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from perfusion.focus import Focus
+from perfusion.places import Places, placed
+
+SIZE = (4, 6)
+PLACES = SIZE[0] * SIZE[1]
+LOG = math.log(20)
+
+
+def focus_of(*tokens: tuple[int, ...], length: int = 9) -> Focus:
+    """One row in which concept j has its words at ``tokens[j]``."""
+    parts = torch.zeros(1, length, len(tokens))
+    for j, places in enumerate(tokens):
+        parts[0, list(places), j] = LOG
+    return Focus(parts)
+
+
+def left() -> Tensor:
+    """1 at places in the left half, -1 in the right one: (t,)."""
+    columns = torch.arange(PLACES) % SIZE[1]
+    return torch.where(columns < SIZE[1] // 2, 1.0, -1.0)
+
+
+def of_two(focus: Focus) -> Places:
+    """A call in which the key of token 2 is what queries on the left hold, and that of token 5 the opposite."""
+    direction = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    queries = (left().unsqueeze(1) * direction).unsqueeze(0)
+    keys = torch.zeros(1, 9, 8)
+    keys[0, 2], keys[0, 5] = direction, -direction
+    places = Places()
+    places.add(queries, keys, focus, SIZE)
+    return places
+
+
+def test_each_word_is_looked_at_where_its_thing_is_to_be() -> None:
+    focus = focus_of((2,), (5,))
+    shares = of_two(focus).shares(focus, SIZE)
+    assert shares is not None and shares.shape == (1, PLACES, 2)
+    assert torch.allclose(shares.sum(-1), torch.ones(1, PLACES))
+    on_the_left = left() > 0
+    assert (shares[0, on_the_left, 0] > 0.95).all() and (shares[0, ~on_the_left, 1] > 0.95).all()
+    bias = placed(focus, shares)
+    assert bias.shape == (1, PLACES, 9)
+    assert torch.allclose(bias[0, on_the_left, 2], torch.tensor(LOG), rtol=0.1)
+    assert torch.allclose(bias[0, on_the_left, 5], torch.tensor(-LOG), rtol=0.1), "taken away where the other is"
+    assert not bias[0, :, [0, 1, 3, 4, 6, 7, 8]].any(), "other tokens are looked at as ever"
+
+
+@pytest.mark.parametrize("size", [(2, 3), (8, 12), (7, 11)])
+def test_layers_of_any_size_look_alike(size: tuple[int, int]) -> None:
+    focus = focus_of((2,), (5,))
+    shares = of_two(focus).shares(focus, size)
+    assert shares is not None and shares.shape == (1, size[0] * size[1], 2)
+    columns = shares[0, :, 0].view(size)
+    assert (columns[:, 0] > 0.95).all() and (columns[:, -1] < 0.05).all()
+
+
+def test_a_word_alone_is_looked_at_everywhere() -> None:
+    focus = focus_of((2,), ())
+    assert not focus.competes
+    shares = of_two(focus).shares(focus, SIZE)
+    assert shares is not None
+    assert torch.equal(placed(focus, shares), focus.everywhere.expand(1, PLACES, 9))
+
+
+def test_rows_without_words_are_left_alone() -> None:
+    focus = Focus(torch.cat([focus_of((2,), (5,)).parts, torch.zeros(1, 9, 2)]))
+    assert focus.competes
+    places = Places()
+    places.add(torch.randn(2, PLACES, 8), torch.randn(2, 9, 8), focus, SIZE)
+    shares = places.shares(focus, SIZE)
+    assert shares is not None
+    bias = placed(focus, shares)
+    assert bias.isfinite().all() and not bias[1].any()
+
+
+def test_a_word_of_several_tokens_is_heard_as_one() -> None:
+    """By the mean of its keys: token 5 says nothing here that token 2 has not said."""
+    one, several = focus_of((2,), (7,)), focus_of((2, 5), (7,))
+    queries, keys = torch.randn(1, PLACES, 8), torch.randn(1, 9, 8)
+    keys[0, 5] = keys[0, 2]
+    found = []
+    for focus in (one, several):
+        places = Places()
+        places.add(queries, keys, focus, SIZE)
+        found.append(places.shares(focus, SIZE))
+    assert found[0] is not None and found[1] is not None
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_only_where_the_decoder_begins_is_asked() -> None:
+    places = Places()
+    layers = [("input", (8, 8)), ("input", (4, 4)), ("middle", (4, 4)), ("output", (4, 4)), ("output", (8, 8))]
+    assert [places.asks(stage, size) for stage, size in layers] == [False, False, False, True, False]  # type: ignore[arg-type]
+
+
+def test_what_was_said_counts_for_all_of_the_next_call() -> None:
+    focus = focus_of((2,), (5,))
+    first = of_two(focus)
+    assert Places().shares(focus, SIZE) is None, "nothing is known at first"
+    following = Places(first.said)
+    assert torch.equal(torch.as_tensor(following.shares(focus, SIZE)), torch.as_tensor(first.shares(focus, SIZE)))
+    following.add(torch.randn(1, PLACES, 8), torch.randn(1, 9, 8), focus, SIZE)
+    assert torch.equal(torch.as_tensor(following.shares(focus, SIZE)), torch.as_tensor(first.shares(focus, SIZE)))
+    assert following.said is not None and first.said is not None
+    assert not torch.equal(following.said, first.said), "and what is said in it, for the one behind it"
