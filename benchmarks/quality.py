@@ -38,6 +38,7 @@ from perfusion.hosts.diffusers import DiffusersHost, draw
 from perfusion.scope import SCOPES, ScopedText
 from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import ESTIMATORS, TextStatistics, measure
+from perfusion.training.companions import with_companions
 from perfusion.training.config import TrainingConfig
 from perfusion.training.dataset import prepare
 from perfusion.training.trainer import Subject, train
@@ -182,8 +183,19 @@ def learn(
     placeholder: str = PLACEHOLDER,
 ) -> Concept:
     """A concept from renders of scenes that show the thing alone."""
-    ready = prepare(host, list(rendered(photos)), thing_masks(photos), config.resolution)
-    return train(host, ready, Subject(placeholder, category), statistics, config)[0]
+    subject = Subject(placeholder, category)
+    with host.training():
+        lesson = with_companions(
+            host,
+            list(rendered(photos)),
+            thing_masks(photos),
+            subject,
+            config.companions,
+            config.resolution,
+            config.seed,
+        )
+    ready = prepare(host, lesson.images, lesson.masks, config.resolution, made=lesson.made)
+    return train(host, ready, lesson.subject, statistics, config)[0]
 
 
 def prompts_for(category: str, count: int, rng: Random) -> list[Prompt]:

@@ -22,6 +22,7 @@ from ..perfusion.scope import SCOPES
 from ..perfusion.stack import ConceptStack, ConceptUse
 from ..perfusion.statistics import ESTIMATORS, cached, captions_for
 from ..perfusion.training.checkpoint import own_file
+from ..perfusion.training.companions import with_companions
 from ..perfusion.training.config import BEFORE, RATES, TrainingConfig
 from ..perfusion.training.dataset import prepare
 from ..perfusion.training.masks import attention_masks, dimmed
@@ -255,6 +256,15 @@ class PerfusionTrainConcept(io.ComfyNode):
                     tooltip=tip("focus"),
                     extra_dict=ADVANCED,
                 ),
+                io.Int.Input(
+                    "companions",
+                    default=default.companions,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    tooltip=tip("companions"),
+                    extra_dict=ADVANCED,
+                ),
             ],
             outputs=[
                 Concepts.Output(
@@ -321,8 +331,14 @@ class PerfusionTrainConcept(io.ComfyNode):
                 view.show_masks(list(map(dimmed, map(small, images), made.masks)), config.steps)
             masks = list(made.masks)
         with naming(NODE, "images"):
+            with host.training():
+                lesson = with_companions(
+                    host, images, masks, subject, config.companions, config.resolution, config.seed, report
+                )
             buckets = one.get("aspect_buckets", False)
-            photos = prepare(host, images, masks, config.resolution, report, buckets=buckets)
+            photos = prepare(
+                host, lesson.images, lesson.masks, config.resolution, report, buckets=buckets, made=lesson.made
+            )
         notes += photos.notes
         for note in notes:
             logger.warning("%s: %s", NODE, note)
@@ -330,7 +346,7 @@ class PerfusionTrainConcept(io.ComfyNode):
             corpus = _corpus(host, one["corpus"], one["corpus_size"])
             statistics = cached(host, corpus, library.statistics_folder(), progress_on(cls.hidden.unique_id))
         with naming(NODE), host.training(gradient_checkpointing=config.gradient_checkpointing):
-            trainer = Trainer(host, photos, subject, statistics, config)
+            trainer = Trainer(host, photos, lesson.subject, statistics, config)
             run = Run(
                 trainer,
                 scorer=_scorer(host, subject, similarity, config, one.get("previews", True)),

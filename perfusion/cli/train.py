@@ -17,6 +17,8 @@ from ..files import write_bytes_atomically
 from ..hosts.base import Host
 from ..statistics import cached, captions_for
 from ..training.checkpoint import own_file
+from ..training.companions import with_companions
+from ..training.config import BEFORE
 from ..training.dataset import Photos, prepare
 from ..training.folder import PhotoSet, involved_files, read_folder
 from ..training.masks import attention_masks
@@ -100,7 +102,7 @@ def train(job: Job) -> Result:
     host = models.load(job)
     subject = _subject(job, folder)
     require_words(host, subject)
-    photos = _photos(job, host, folder)
+    photos, subject = _photos(job, host, folder, subject)
     corpus = captions_for(host, job.corpus, job.corpus_size)
     with progress("measuring the text encoder") as report:
         statistics = cached(host, corpus, job.out / "statistics", report)
@@ -164,16 +166,24 @@ def _subject(job: Job, folder: PhotoSet) -> Subject:
     return Subject(job.placeholder, job.super_category, captions, texts if any(texts) else None)
 
 
-def _photos(job: Job, host: Host, folder: PhotoSet) -> Photos:
-    masks = None
+def _photos(job: Job, host: Host, folder: PhotoSet, subject: Subject) -> tuple[Photos, Subject]:
+    """What is learned from, and the subject with captions of all of it."""
+    config, masks = job.config, None
     if job.masks:
         with progress("masks") as report:
             made = attention_masks(host, folder.images, job.super_category, job.config.resolution, folder.masks, report)
         for note in made.notes:
             say(f"{job.name}: {note}")
         masks = made.masks
+    with progress("drawing other things") as report, host.training():
+        lesson = with_companions(
+            host, folder.images, masks, subject, config.companions, config.resolution, config.seed, report
+        )
     with progress("encoding photos") as report:
-        return prepare(host, folder.images, masks, job.config.resolution, report, buckets=job.aspect_buckets)
+        photos = prepare(
+            host, lesson.images, lesson.masks, config.resolution, report, buckets=job.aspect_buckets, made=lesson.made
+        )
+    return photos, lesson.subject
 
 
 # --- what was finished before
@@ -196,8 +206,9 @@ def _digest(job: Job) -> str:
         facts = path.stat()
         stamps.append([str(path), facts.st_size, facts.st_mtime_ns])
     settings = asdict(job.config)
-    if settings["focus"] == 1:
-        del settings["focus"]  # as records say that are older than the choice
+    for name in ("focus", "companions"):
+        if settings[name] == BEFORE[name]:
+            del settings[name]  # as records say that are older than the choice
     content = [_RECORD_FORMAT, {name: str(value) for name, value in told.items()}, settings, stamps]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -67,9 +67,9 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "super_category": trainer.subject.super_category,
         "captions": _digest([*trainer.captions.prompts, json.dumps(trainer.captions.of_photo)]),
         "context_captions": _digest(trainer.context_captions()),
-        "number_of_photos": len(trainer.photos),
-        "photos": _sketch(bucket.latents for bucket in trainer.photos.buckets),
-        "masks": _sketch(bucket.weights for bucket in trainer.photos.buckets),
+        "number_of_photos": len(trainer.photos) - trainer.photos.made,
+        "photos": _sketch(bucket.latents for bucket in trainer.photos.own),
+        "masks": _sketch(bucket.weights for bucket in trainer.photos.own),
         "text_encoder": _sketch([trainer.e_super]),
         "model": _sketch(values.values()),
         "noise_levels": _sketch([trainer.host.noise_levels().log()]),
@@ -78,9 +78,11 @@ def settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def photos_digest(photos: Photos) -> str:
-    """sha256 of photos and masks as training sees them, to the last bit: on another card it may be another one."""
+    """sha256 of photos and masks as training sees them, to the last bit: on another card it may be another one. What
+    was put together of them says nothing more, and not even one card need draw it the same way twice.
+    """
     content = sha256()
-    for bucket in photos.buckets:
+    for bucket in photos.own:
         for tensor in (bucket.latents, bucket.weights):
             content.update(f"{tuple(tensor.shape)}".encode())
             content.update(tensor.detach().cpu().contiguous().numpy().tobytes())

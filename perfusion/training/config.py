@@ -14,7 +14,7 @@ RATES: tuple[Rates, ...] = get_args(Rates)
 
 
 # What settings were before there was a choice: for trainings and graphs that were saved without them.
-BEFORE: dict[str, Any] = {"scope": "prompt", "focus": 1.0}
+BEFORE: dict[str, Any] = {"scope": "prompt", "focus": 1.0, "companions": 0}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -66,6 +66,11 @@ class TrainingConfig:
         "How many times more the model looks at the word, in training and in use: its looks then come from its values, "
         "also where the model would rather look at other words. 1: as much as by itself, as in the paper.",
     )
+    companions: int = _setting(
+        5,
+        "How many pictures are put together of the photos and of other things, which the model draws: the thing is "
+        "then also learned as one of two. 0: from the photos alone, as in the paper.",
+    )
     contexts: int = _setting(240, "In how many varied captions the word is looked at to find it in any prompt.")
     vectors: int = _setting(1, "How many token embeddings the word has.")
     flip: bool = _setting(True, "Mirror half of the photos. Switch it off for things with writing or a left and right.")
@@ -91,6 +96,7 @@ class TrainingConfig:
         check("bias", -10 <= self.bias <= 10, "from -10 to 10")
         check("contexts", 8 <= self.contexts <= 2000, "8 to 2000")
         check("focus", 1 <= self.focus <= MAX_FOCUS, f"from 1 to {MAX_FOCUS}")
+        check("companions", 0 <= self.companions <= 100, "from 0 to 100")
         check("vectors", 1 <= self.vectors <= 32, "1 to 32")
         check("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
         check("estimator", self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
@@ -105,7 +111,7 @@ class TrainingConfig:
     @classmethod
     def paper(cls, **changes: Any) -> TrainingConfig:
         """The paper's own setup as far as it is known: its absolute rates, i* over short templates, 400 steps, the word
-        heard by all words behind it and looked at as much as any.
+        heard by all words behind it and looked at as much as any, and photos alone.
         """
         setup = {
             "steps": 400,
@@ -115,5 +121,6 @@ class TrainingConfig:
             "estimator": "paper",
             "scope": "prompt",
             "focus": 1.0,
+            "companions": 0,
         }
         return cls(**{**setup, **changes})

@@ -57,15 +57,26 @@ class Photos:
 
     ``buckets`` holds them by shape; where all are of one, ``latents``, ``mirrored``, ``weights`` and
     ``mirrored_weights`` are those of the only bucket. ``kept`` says which of the photos that were given these are, and
-    ``notes`` tells a user why others are not among them.
+    ``notes`` tells a user why others are not among them. The last ``made`` were put together.
     """
 
     buckets: tuple[Bucket, ...]
     kept: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    made: int = 0
 
     def __len__(self) -> int:
         return sum(len(bucket) for bucket in self.buckets)
+
+    @property
+    def own(self) -> list[Bucket]:
+        """The buckets without what was put together."""
+        found = []
+        for bucket in self.buckets:
+            chosen = bucket.photos < len(self) - self.made
+            parts = {name: part[chosen.to(part.device)] for name, part in vars(bucket).items()}
+            found.append(Bucket(**parts))
+        return [bucket for bucket in found if len(bucket)]
 
     @property
     def latents(self) -> Tensor:
@@ -143,6 +154,7 @@ def prepare(
     progress: Callable[[int, int], None] | None = None,
     *,
     buckets: bool = False,
+    made: int = 0,
 ) -> Photos:
     """Crop, resize and encode photos.
 
@@ -164,16 +176,17 @@ def prepare(
     groups: dict[tuple[int, int], list[tuple[int, list[Tensor]]]] = {}
     kept: list[int] = []
     notes: list[str] = []
+    photos = len(images) - made
     for number, image in enumerate(images):
         rgb, transparency = as_rgb(image, number)
         given = None if masks is None else masks[number]
-        mask = _soft(transparency if given is None else given, rgb, number)
-        if float((rgb.amax((2, 3)) - rgb.amin((2, 3))).max()) < _PLAIN:
+        mask = soft_mask(transparency if given is None else given, rgb, number)
+        if is_plain(rgb):
             notes.append(f"photo {number + 1} is of one color, from which nothing can be learned: it is left out")
         else:
             size = nearest_size(rgb.shape[-2], rgb.shape[-1], sizes)
-            rgb, mask, cropped = _crop(rgb, mask, size)
-            parts = [*_encoded(host, rgb, mask), torch.tensor([cropped])]
+            rgb, mask, before = cropped(rgb, mask, size)
+            parts = [*_encoded(host, rgb, mask, mirrored=number < photos), torch.tensor([before])]
             groups.setdefault(size, []).append((len(kept), parts))
             kept.append(number)
         if progress is not None:
@@ -182,7 +195,8 @@ def prepare(
         raise ValueError("the photos are of one color each, from which nothing can be learned: choose other photos")
     for note in notes:
         logger.warning(note)
-    return Photos(tuple(_bucket(group) for group in groups.values()), tuple(kept), tuple(notes))
+    own = sum(number < photos for number in kept)
+    return Photos(tuple(_bucket(group) for group in groups.values()), tuple(kept), tuple(notes), len(kept) - own)
 
 
 def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
@@ -212,12 +226,16 @@ def latent_scale(host: Host) -> int:
     return side // host.encode_images(torch.full((1, side, side, 3), 0.5)).shape[-1]
 
 
-def _encoded(host: Host, rgb: Tensor, mask: Tensor) -> list[Tensor]:
-    """Latent, mirrored latent, weight and mirrored weight of a photo. Raises ValueError for what a bad VAE makes."""
-    latents = [host.encode_images(picture.permute(0, 2, 3, 1)) for picture in (rgb, rgb.flip(-1))]
+def _encoded(host: Host, rgb: Tensor, mask: Tensor, *, mirrored: bool) -> list[Tensor]:
+    """Latent, mirrored latent, weight and mirrored weight of a photo, the plain ones again where it is not to be
+    ``mirrored``. Raises ValueError for what a bad VAE makes.
+    """
+    sides = (rgb, rgb.flip(-1)) if mirrored else (rgb,)
+    latents = [host.encode_images(picture.permute(0, 2, 3, 1)) for picture in sides]
     if not all(bool(latent.isfinite().all()) for latent in latents):
         raise ValueError("the VAE turned a photo into numbers that are not finite: use a VAE in 32 bit, or another one")
-    return [*latents, *(_loss_weight(side, latents[0]) for side in (mask, mask.flip(-1)))]
+    weights = [_loss_weight(side, latents[0]) for side in (mask, mask.flip(-1))[: len(sides)]]
+    return [latents[0], latents[-1], weights[0], weights[-1]]
 
 
 def _bucket(group: Sequence[tuple[int, list[Tensor]]]) -> Bucket:
@@ -247,7 +265,12 @@ def as_rgb(image: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
     return image.clamp(0, 1).permute(2, 0, 1).unsqueeze(0), transparency
 
 
-def _soft(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
+def is_plain(rgb: Tensor) -> bool:
+    """Whether a photo (1, 3, h, w) is of one color."""
+    return float((rgb.amax((2, 3)) - rgb.amin((2, 3))).max()) < _PLAIN
+
+
+def soft_mask(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
     """A mask (1, 1, h, w) of the image's size, its maximum at 1; all ones where there is none."""
     height, width = image.shape[-2:]
     if mask is None:
@@ -264,20 +287,20 @@ def _soft(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
     return mask / mask.max()
 
 
-def _crop(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def cropped(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """The largest part of the shape of ``size`` (h, w) that holds most of the mask, centered on it, resized:
     (1, 3, h, w) and (1, 1, h, w); and its height and width before."""
     height, width = image.shape[-2:]
     scale = min(height / size[0], width / size[1])
     rows = max(1, min(height, round(scale * size[0])))
     columns = max(1, min(width, round(scale * size[1])))
-    top, left = _window(mask.sum((0, 1, 3)), rows), _window(mask.sum((0, 1, 2)), columns)
+    top, left = best_window(mask.sum((0, 1, 3)), rows), best_window(mask.sum((0, 1, 2)), columns)
     window = (..., slice(top, top + rows), slice(left, left + columns))
     image = interpolate(image[window], size, mode="bicubic", antialias=True).clamp(0, 1)
     return image, interpolate(mask[window], size, mode="bilinear", antialias=True), (rows, columns)
 
 
-def _window(mass: Tensor, side: int) -> int:
+def best_window(mass: Tensor, side: int) -> int:
     """Where a window of ``side`` starts along a mask's mass (n,): holding most of it, then nearest to its middle."""
     mass = mass.double()
     before = torch.nn.functional.pad(mass.cumsum(0), (1, 0))

@@ -267,7 +267,7 @@ class PictureScorer:
         return Score.of_pictures(step, tuple(zip(images.tolist(), texts.tolist(), strict=True))), pictures
 
     def _decoded(self, photos: Photos) -> list[Tensor]:
-        latents = [latent for bucket in photos.buckets for latent in bucket.latents.split(1)]
+        latents = [latent for bucket in photos.own for latent in bucket.latents.split(1)]
         chosen = torch.linspace(0, len(latents) - 1, min(len(latents), _MOST_PHOTOS)).round().long()
         return [self._host.decode_latents(latents[k].to(self._host.device))[0] for k in chosen.tolist()]
 

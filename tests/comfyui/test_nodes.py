@@ -236,6 +236,7 @@ FAST = {
     "resolution": 64,
     "seed": 3,
     "contexts": 8,
+    "companions": 1,
     "corpus_size": 32,
     "captions": "a photo of a {}\na {} outside",  # few, since each is encoded by a full-size text encoder
     "previews": False,
@@ -312,11 +313,11 @@ def test_train_save_load_apply_sample(comfy_host: ComfyHost, lab: Lab, photo_nod
 def test_graphs_older_than_an_input_do_what_they_did(comfy_host: ComfyHost, photo_node: None) -> None:
     prompt = training(comfy_host)
     new = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
-    assert (new.scope, new.focus) == ("word", 20)
-    for name in ("scope", "focus"):
+    assert (new.scope, new.focus, new.training["companions"]) == ("word", 20, 1)
+    for name in ("scope", "focus", "companions"):
         del prompt["train"]["inputs"][name]
     old = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
-    assert (old.scope, old.focus) == ("prompt", 1)
+    assert (old.scope, old.focus, old.training["companions"]) == ("prompt", 1, 0)
     assert "focus" not in "".join(old.metadata)
 
 

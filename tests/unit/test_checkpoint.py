@@ -143,6 +143,7 @@ OTHER: dict[str, Any] = {
     "estimator": "paper",
     "scope": "prompt",
     "focus": 2.0,
+    "companions": 3,
     "contexts": 17,
     "vectors": 2,
     "flip": False,

@@ -25,7 +25,16 @@ from tests.miniature_weights import available
 from tests.unit.fake_host import FakeHost
 
 HOST = "tests.unit.fake_host:FakeHost"
-SMALL = {"steps": 6, "batch_size": 2, "micro_batch": 0, "resolution": 64, "contexts": 8, "every": 2, "corpus_size": 64}
+SMALL = {
+    "companions": 0,
+    "steps": 6,
+    "batch_size": 2,
+    "micro_batch": 0,
+    "resolution": 64,
+    "contexts": 8,
+    "every": 2,
+    "corpus_size": 64,
+}
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -156,6 +165,15 @@ def test_more_steps_go_on_from_those_that_were_done(tmp_path: Path, call: Call) 
     _, out, _ = call(*training(tmp_path, patience=0, steps=8), "--json")
     told = json.loads(out)
     assert (told["resumed_from"], told["steps"]) == (6, 8)
+
+
+def test_companions_are_drawn_and_trained_with(tmp_path: Path, call: Call) -> None:
+    made = []
+    for count in (0, 2):
+        _, out, _ = call(*training(tmp_path, companions=count, out=tmp_path / str(count)), "--json")
+        made.append(load(Path(json.loads(out)["file"])))
+    assert [concept.training["companions"] for concept in made] == [0, 2]
+    assert made[0].digest != made[1].digest
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_the_next_call_ends_as_if_nothing_had_been(
