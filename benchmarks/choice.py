@@ -45,8 +45,8 @@ from perfusion.files import write_bytes_atomically
 from perfusion.hosts.diffusers import DiffusersHost
 from perfusion.statistics import TextStatistics, measure
 from perfusion.training import choice
+from perfusion.training.companions import learned_from
 from perfusion.training.config import TrainingConfig
-from perfusion.training.dataset import prepare
 from perfusion.training.run import KEPT, Outcome, Run, Update
 from perfusion.training.scoring import PictureScorer, Score, validation_prompts
 from perfusion.training.trainer import Subject, Trainer
@@ -164,9 +164,10 @@ class Bench:
         started = time.perf_counter()
         category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]
         scenes = world.portraits(category, FIRST_THING + number, PHOTOS)
-        photos = prepare(self.host, list(rendered(scenes)), thing_masks(scenes), self.config.resolution)
+        shown, where = list(rendered(scenes)), thing_masks(scenes)
+        photos, subject = learned_from(self.host, shown, where, Subject(PLACEHOLDER, category), self.config)
         with self.host.training():
-            trainer = Trainer(self.host, photos, Subject(PLACEHOLDER, category), self.statistics, self.config)
+            trainer = Trainer(self.host, photos, subject, self.statistics, self.config)
             judged_by = validation_prompts(self.host, trainer.subject)
             known = {*judged_by, *trainer.subject.prompts(), *trainer.context_captions()}
             prompts = held_out_prompts(category, self.blocks * BLOCK, known, Random(f"choice {number}"))
@@ -298,7 +299,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def _digest(options: argparse.Namespace) -> str:
     """Of all that decides what comes of a thing, besides the code."""
-    content = sha256(json.dumps([options.steps, options.every, options.prompts, "pictures"]).encode())
+    content = sha256(json.dumps([options.steps, options.every, options.prompts, "companions"]).encode())
     for part in PARTS:
         for _, tensor in sorted(read(part, options.weights).items()):
             content.update(tensor.numpy().tobytes())

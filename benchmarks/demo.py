@@ -35,8 +35,8 @@ from perfusion.concept import Concept, load
 from perfusion.edit import Gate
 from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import TextStatistics, measure
+from perfusion.training.companions import learned_from
 from perfusion.training.config import TrainingConfig
-from perfusion.training.dataset import prepare
 from perfusion.training.trainer import StepReport, Subject, Trainer, train
 
 if TYPE_CHECKING:
@@ -198,15 +198,16 @@ def _learn(run: Run, host: DiffusersHost, thing: Thing, statistics: TextStatisti
     shots = [replace(portrait(thing.category, thing.look, rng), background=place) for place in PHOTOGRAPHED]
     photos = torch.stack([_to_tensor(render(shot)) for shot in shots])
     shown = [_to_tensor(masks(shot)[0]) for shot in shots]
-    prepared = prepare(host, list(photos), shown, SIZE)
     config = replace(TRAINING, steps=run.steps)
+    subject = Subject(thing.placeholder, thing.category)
+    prepared, subject = learned_from(host, list(photos), shown, subject, config)
     with tqdm(total=config.steps, desc=f"learning {thing.placeholder}", unit="step") as bar:
 
         def show(trainer: Trainer, report: StepReport) -> None:
             bar.set_postfix(loss=f"{report.loss:.3f}", gate=f"{report.gate:.2f}", refresh=False)
             bar.update()
 
-        concept, _ = train(host, prepared, Subject(thing.placeholder, thing.category), statistics, config, [show])
+        concept, _ = train(host, prepared, subject, statistics, config, [show])
     with run.writing():
         file = concept.save_numbered(run.output, thing.placeholder)
     run.kept.append(file)
@@ -262,10 +263,9 @@ def _drawn(
                 Row(word, "in scenes that no photo shows", list(own[: len(SCENES)]), _blanks(SCENES), learned=True),
                 Row(kind, "the model without the concept, same seeds", list(plain[: len(SCENES)])),
             ]
-        # Two words that are looked at much more leave each other, and the layout, too little room.
-        both = ConceptStack(tuple(ConceptUse(each.concept, Gate(focus_share=0.5), "global") for each in learned))
+        both = ConceptStack(tuple(ConceptUse(each.concept) for each in learned))
         together = list(pictures(both, [s.format(*words[::-1]) for s in SCENES_OF_TWO], [0]))
-        label = "two files at once, with half the focus and the global key lock"
+        label = "two files at once, in one pass"
         rows.append(Row("\n".join(words[::-1]), label, together, _blanks(SCENES_OF_TWO), title="Both", learned=True))
         apart = list(pictures(nothing, [s.format(*kinds[::-1]) for s in SCENES_OF_TWO], [0]))
         rows.append(Row("\n".join(kinds[::-1]), "the model without the concepts, same seeds", apart))

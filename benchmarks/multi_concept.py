@@ -1,6 +1,6 @@
 """Do several concepts answer their own words, and not each other's, and are all in the picture, each as itself?
 
-    python -m benchmarks.multi_concept [--json] [--steps 250] [--scope word] [--focus F] [--prompts 60]
+    python -m benchmarks.multi_concept [--json] [--steps 250] [--scope word] [--focus F] [--companions N] [--prompts 60]
                                        [--pictures 48] [--folder DIR]
 
 Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=48, help="pictures for each set of concepts; 0 leaves them out")
     parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
     parser.add_argument("--focus", type=float, default=TrainingConfig.focus)
+    parser.add_argument("--companions", type=int, default=TrainingConfig.companions)
     parser.add_argument("--arrangement", choices=ARRANGEMENTS, help="this one alone")
     parser.add_argument("--sheet", type=Path, help="where a sheet of photos and what was drawn goes, as .png")
     parser.add_argument("--folder", type=Path, help="where learned concepts are kept, and looked for")
@@ -100,7 +101,12 @@ def measured(
     wanted = {name: ARRANGEMENTS[name] for name in ([options.arrangement] if options.arrangement else ARRANGEMENTS)}
     needed = {thing for sets in wanted.values() for kinds in sets for thing in _things(kinds)}
     config = TrainingConfig(
-        steps=options.steps, scope=options.scope, focus=options.focus, micro_batch=0, resolution=world.SIZE
+        steps=options.steps,
+        scope=options.scope,
+        focus=options.focus,
+        companions=options.companions,
+        micro_batch=0,
+        resolution=world.SIZE,
     )
     concepts = learned(host, sorted(needed), folder, config)
     figures: dict[str, Any] = {}
@@ -148,7 +154,7 @@ def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, config: 
     statistics, concepts = None, {}
     for kind, number in tqdm(things, desc="concepts"):
         name = f"{kind.replace(' ', '-')}-{number}"
-        path = folder / f"{name}-{config.steps}-{config.scope}-{config.focus:g}.safetensors"
+        path = folder / f"{name}-{config.steps}-{config.scope}-{config.focus:g}-{config.companions}.safetensors"
         if not path.exists():
             statistics = statistics or measure(host, host.captions or ())
             concept = learn(host, kind, photos_of((kind, number)), statistics, config, f"<my-{name}>")

@@ -38,9 +38,8 @@ from perfusion.hosts.diffusers import DiffusersHost, draw
 from perfusion.scope import SCOPES, ScopedText
 from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import ESTIMATORS, TextStatistics, measure
-from perfusion.training.companions import with_companions
+from perfusion.training.companions import learned_from
 from perfusion.training.config import TrainingConfig
-from perfusion.training.dataset import prepare
 from perfusion.training.trainer import Subject, train
 
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 5.0, "size": world.SIZE, "batch": 50}
@@ -73,6 +72,7 @@ def main() -> None:
     parser.add_argument("--estimator", choices=ESTIMATORS, default=TrainingConfig.estimator)
     parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
     parser.add_argument("--focus", type=float, default=TrainingConfig.focus)
+    parser.add_argument("--companions", type=int, default=TrainingConfig.companions)
     parser.add_argument("--value-rate", type=float, default=TrainingConfig.value_rate)
     parser.add_argument("--embedding-rate", type=float, default=TrainingConfig.embedding_rate)
     parser.add_argument("--bias", type=float, default=Gate.bias)
@@ -98,6 +98,7 @@ def main() -> None:
             estimator=options.estimator,
             scope=options.scope,
             focus=options.focus,
+            companions=options.companions,
             value_rate=options.value_rate,
             embedding_rate=options.embedding_rate,
         )
@@ -183,19 +184,9 @@ def learn(
     placeholder: str = PLACEHOLDER,
 ) -> Concept:
     """A concept from renders of scenes that show the thing alone."""
-    subject = Subject(placeholder, category)
-    with host.training():
-        lesson = with_companions(
-            host,
-            list(rendered(photos)),
-            thing_masks(photos),
-            subject,
-            config.companions,
-            config.resolution,
-            config.seed,
-        )
-    ready = prepare(host, lesson.images, lesson.masks, config.resolution, made=lesson.made)
-    return train(host, ready, lesson.subject, statistics, config)[0]
+    shown, where = list(rendered(photos)), thing_masks(photos)
+    ready, subject = learned_from(host, shown, where, Subject(placeholder, category), config)
+    return train(host, ready, subject, statistics, config)[0]
 
 
 def prompts_for(category: str, count: int, rng: Random) -> list[Prompt]:

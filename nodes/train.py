@@ -22,9 +22,8 @@ from ..perfusion.scope import SCOPES
 from ..perfusion.stack import ConceptStack, ConceptUse
 from ..perfusion.statistics import ESTIMATORS, cached, captions_for
 from ..perfusion.training.checkpoint import own_file
-from ..perfusion.training.companions import with_companions
+from ..perfusion.training.companions import learned_from
 from ..perfusion.training.config import BEFORE, RATES, TrainingConfig
-from ..perfusion.training.dataset import prepare
 from ..perfusion.training.masks import attention_masks, dimmed
 from ..perfusion.training.run import MOST_PATIENCE, Outcome, Run
 from ..perfusion.training.scoring import (
@@ -331,14 +330,8 @@ class PerfusionTrainConcept(io.ComfyNode):
                 view.show_masks(list(map(dimmed, map(small, images), made.masks)), config.steps)
             masks = list(made.masks)
         with naming(NODE, "images"):
-            with host.training():
-                lesson = with_companions(
-                    host, images, masks, subject, config.companions, config.resolution, config.seed, report
-                )
             buckets = one.get("aspect_buckets", False)
-            photos = prepare(
-                host, lesson.images, lesson.masks, config.resolution, report, buckets=buckets, made=lesson.made
-            )
+            photos, subject = learned_from(host, images, masks, subject, config, report, buckets=buckets)
         notes += photos.notes
         for note in notes:
             logger.warning("%s: %s", NODE, note)
@@ -346,7 +339,7 @@ class PerfusionTrainConcept(io.ComfyNode):
             corpus = _corpus(host, one["corpus"], one["corpus_size"])
             statistics = cached(host, corpus, library.statistics_folder(), progress_on(cls.hidden.unique_id))
         with naming(NODE), host.training(gradient_checkpointing=config.gradient_checkpointing):
-            trainer = Trainer(host, photos, lesson.subject, statistics, config)
+            trainer = Trainer(host, photos, subject, statistics, config)
             run = Run(
                 trainer,
                 scorer=_scorer(host, subject, similarity, config, one.get("previews", True)),

@@ -17,9 +17,9 @@ from ..files import write_bytes_atomically
 from ..hosts.base import Host
 from ..statistics import cached, captions_for
 from ..training.checkpoint import own_file
-from ..training.companions import with_companions
+from ..training.companions import learned_from
 from ..training.config import BEFORE
-from ..training.dataset import Photos, prepare
+from ..training.dataset import Photos
 from ..training.folder import PhotoSet, involved_files, read_folder
 from ..training.masks import attention_masks
 from ..training.run import Outcome, Run
@@ -168,22 +168,15 @@ def _subject(job: Job, folder: PhotoSet) -> Subject:
 
 def _photos(job: Job, host: Host, folder: PhotoSet, subject: Subject) -> tuple[Photos, Subject]:
     """What is learned from, and the subject with captions of all of it."""
-    config, masks = job.config, None
+    masks = None
     if job.masks:
         with progress("masks") as report:
             made = attention_masks(host, folder.images, job.super_category, job.config.resolution, folder.masks, report)
         for note in made.notes:
             say(f"{job.name}: {note}")
         masks = made.masks
-    with progress("drawing other things") as report, host.training():
-        lesson = with_companions(
-            host, folder.images, masks, subject, config.companions, config.resolution, config.seed, report
-        )
-    with progress("encoding photos") as report:
-        photos = prepare(
-            host, lesson.images, lesson.masks, config.resolution, report, buckets=job.aspect_buckets, made=lesson.made
-        )
-    return photos, lesson.subject
+    with progress("photos and other things") as report:
+        return learned_from(host, folder.images, masks, subject, job.config, report, buckets=job.aspect_buckets)
 
 
 # --- what was finished before

@@ -20,7 +20,8 @@ from torch.nn.functional import interpolate
 
 from ..hosts.base import Encodings, Host
 from ..sampling import sample, unit_noise
-from .dataset import as_rgb, best_window, cropped, is_plain, soft_mask
+from .config import TrainingConfig
+from .dataset import Photos, as_rgb, best_window, cropped, is_plain, prepare, soft_mask
 from .masks import given
 from .trainer import Subject
 
@@ -51,6 +52,28 @@ class Lesson:
     masks: tuple[Tensor | None, ...] | None
     subject: Subject
     made: int
+
+
+def learned_from(
+    host: Host,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor | None] | None,
+    subject: Subject,
+    config: TrainingConfig,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    buckets: bool = False,
+) -> tuple[Photos, Subject]:
+    """Photos ready for training (``dataset.prepare``) with their companions, and the subject with captions of all.
+
+    ``progress`` is called of both in turn, and may raise to stop. Raises ValueError as both do.
+    """
+    with host.training():
+        lesson = with_companions(
+            host, images, masks, subject, config.companions, config.resolution, config.seed, progress
+        )
+    photos = prepare(host, lesson.images, lesson.masks, config.resolution, progress, buckets=buckets, made=lesson.made)
+    return photos, lesson.subject
 
 
 def with_companions(
