@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 
 class Focus:
-    """What is added for the words of J concepts in one context: ``parts`` (b, m, j), float32, 0 for other tokens."""
+    """What is added for the words of J concepts in one context: ``parts`` (b, m, j), float32, 0 for other tokens.
+
+    ``everywhere`` (b, 1, m) is that of all of them, the same at all places; ``most`` (b, j) the most that is added for
+    a word of each.
+    """
 
     def __init__(self, parts: Tensor):
         self.parts = parts
+        self.everywhere = parts.sum(-1).unsqueeze(1)
+        self.most = parts.amax(1)
+        self._competes: bool | None = None
 
-    @cached_property
-    def everywhere(self) -> Tensor:
-        """The same at all places: (b, 1, m)."""
-        return self.parts.sum(-1).unsqueeze(1)
-
-    @cached_property
+    @property
     def present(self) -> Tensor:
         """Which concepts have a word that is looked at more: (b, j)."""
-        return (self.parts > 0).any(1)
+        return self.most > 0
 
-    @cached_property
+    @property
     def competes(self) -> bool:
         """Whether any row has words of several concepts, which are looked at more by place: see ``places``."""
-        return self.parts.shape[-1] > 1 and bool((self.present.sum(-1) > 1).any())
+        if self._competes is None:
+            self._competes = self.parts.shape[-1] > 1 and bool((self.present.sum(-1) > 1).any())
+        return self._competes
 
 
 def with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,10 +8,11 @@ show the thing of concept j has the larger product with that concept's key,
 
 already in the first step of sampling. So concepts compete for places, by
 
-    w_j(p) = softmax_j(3 s_j(p) / sigma)        with sigma the standard deviation of s over the picture
+    w_j(p) = softmax_j(3 s_j(p) / sigma + log a_j)        with sigma the standard deviation of s over the picture
 
-and what is added before the softmax for a word of concept j is multiplied by ``2 w_j(p) - 1``: all of it where the
-thing of its concept is, the same taken away where that of another is. One concept alone has w = 1. All
+and a_j how much more the word of concept j is looked at, of that which is looked at most: one whose gate is all but
+shut takes no place. What is added before the softmax for a word of concept j is multiplied by ``2 w_j(p) - 1``: all of
+it where the thing of its concept is, the same taken away where that of another is. One concept alone has w = 1. All
 layers look by what those said in the last step.
 """
 
@@ -68,11 +69,12 @@ class Places:
 
     def shares(self, focus: Focus, size: Size) -> Tensor | None:
         """w of each concept at the places of a layer: (b, t, j), None where no layer has said anything yet."""
-        known = [self._before] if self._before is not None else self._maps
+        before = self._before
+        known = [before] if before is not None and before.shape[:2] == focus.most.shape else self._maps
         if not known:
             return None
         if size not in self._shares or self._shares[size][0] != len(known):
-            self._shares[size] = len(known), _shares(known, focus.present, size)
+            self._shares[size] = len(known), _shares(known, focus.most, size)
         return self._shares[size][1]
 
     @property
@@ -83,13 +85,16 @@ class Places:
         return _mean(self._maps, max(_size(said) for said in self._maps))
 
 
-def _shares(said: Sequence[Tensor], present: Tensor, size: Size) -> Tensor:
-    mean = _mean(said, max(map(_size, said)))
-    there = rearrange(present, "b j -> b j 1 1")
-    spread = mean.flatten(2).std(-1) * present
-    sigma = spread.sum(-1) / present.sum(-1).clamp_min(1)
+def _shares(said: Sequence[Tensor], most: Tensor, size: Size) -> Tensor:
+    mean, present = _mean(said, max(map(_size, said))), most > 0
+    spread = mean.flatten(2).std(-1, correction=0)
+    sigma = (spread * present).sum(-1) / present.sum(-1).clamp_min(1)
+    weight = (most / most.amax(1, keepdim=True).clamp_min(_LEAST)).log()  # of one that is not present, minus infinity
     scaled = _SHARPNESS * mean / rearrange(sigma.clamp_min(_LEAST), "b -> b 1 1 1")
-    shares = torch.softmax(scaled.masked_fill(~there, float("-inf")), 1).nan_to_num(1.0)
+    scaled = scaled + rearrange(weight, "b j -> b j 1 1")
+    # Of a concept that was not in yet nothing was said; and where nobody is, nobody competes.
+    asked = present.any(1) & (~present | (spread > 0)).all(1)
+    shares = torch.where(rearrange(asked, "b -> b 1 1 1"), torch.softmax(scaled, 1), torch.ones_like(scaled))
     return rearrange(_resized(shares, size), "b j h w -> b (h w) j")
 
 

@@ -145,9 +145,10 @@ class Lab:
         seed: int = 0,
         cfg: float = 4.0,
         scheduler: str = "normal",
+        count: int = 1,
     ) -> Tensor:
         """Latents of the stock KSampler."""
-        empty = {"samples": torch.zeros(1, 4, 8, 8)}
+        empty = {"samples": torch.zeros(count, 4, 8, 8)}
         sample = self.host.nodes["KSampler"]().sample
         latent = sample(model, seed, steps, cfg, "euler", scheduler, positive, negative, empty)[0]["samples"]
         assert torch.isfinite(latent).all()

@@ -40,7 +40,8 @@ def frozen_layers(
             return own(x, *args, **kwargs)
         if torch.is_grad_enabled() and x.requires_grad:
             return frozen(module, x)
-        if isinstance(module, nn.Linear) and _by_onednn(x):
+        trained_bias = module.bias is not None and module.bias.requires_grad
+        if isinstance(module, nn.Linear) and _by_onednn(x) and not trained_bias:
             return _product(x, *_in_precision_of(x, weight, module.bias))
         return own(x)
 
@@ -85,9 +86,14 @@ def _in_precision_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
 
 def _by_onednn(x: Tensor) -> bool:
-    """Whether oneDNN can be asked for products with x, by the operator that torch.compile asks it by."""
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return known and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
+    """Whether oneDNN can be asked for products with x, by the operator that torch.compile asks it by.
+
+    That one knows of no autocast.
+    """
+    onednn = torch.backends.mkldnn
+    known = onednn.is_available() and onednn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
+    return known and fits and not torch.is_autocast_enabled("cpu")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -66,12 +66,13 @@ def learned_from(
 ) -> tuple[Photos, Subject]:
     """Photos ready for training (``dataset.prepare``) with their companions, and the subject with captions of all.
 
-    ``progress`` is called of both in turn, and may raise to stop. Raises ValueError as both do.
+    ``progress`` is called of both in turn, and may raise to stop. To be used outside ``host.training()``. Raises
+    ValueError as both do.
     """
-    with host.training():
-        lesson = with_companions(
-            host, images, masks, subject, config.companions, config.resolution, config.seed, progress
-        )
+    at_once = max(1, (config.micro_batch or config.batch_size) // 2)  # guided ones take twice as many rows
+    lesson = with_companions(
+        host, images, masks, subject, config.companions, config.resolution, config.seed, progress, at_once=at_once
+    )
     photos = prepare(host, lesson.images, lesson.masks, config.resolution, progress, buckets=buckets, made=lesson.made)
     return photos, lesson.subject
 
@@ -85,24 +86,29 @@ def with_companions(
     resolution: int,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    at_once: int = 4,
 ) -> Lesson:
     """Photos and masks, as for ``dataset.prepare``, with ``count`` pictures behind them that show the thing beside
-    others; fewer where the encoders know no other things. The same seed gives the same pictures.
+    others; none where the encoders know no other things. The same seed gives the same pictures.
 
-    ``progress`` is called before each step of drawing, and may raise to stop. To be used inside ``host.training()``.
-    Raises ValueError for an image that is not one, or captions that are not one for each photo; MaskError for an
-    unusable mask.
+    ``progress`` is called before each step of drawing, and may raise to stop; ``at_once``, at most 4, are drawn
+    together. To be used outside ``host.training()``. Raises ValueError for an image that is not one, or captions that are not one
+    for each photo, and MaskError for an unusable mask, all before anything is drawn.
     """
     of_photo = list(subject.of_photo or [""] * len(images))
     if len(of_photo) != len(images):
         raise ValueError(f"{len(images)} photos but {len(of_photo)} captions: give one caption for each photo, or none")
     known = given(masks, len(images))
-    usable = [k for k, image in enumerate(images) if not is_plain(as_rgb(image, k)[0])] if count else []
+    own_masks = [None] * len(images) if masks is None else list(masks)
+    usable = [k for k, image in enumerate(images) if count and _is_usable(image, own_masks[k], k)]
     rng, nouns = Random(f"companions {seed}"), things_beside(host, subject)
     rng.shuffle(nouns)
     if not (usable and nouns):
         return Lesson(tuple(images), None if masks is None else tuple(masks), subject, 0)
-    drawn = _drawn(host, [nouns[k % len(nouns)] for k in range(count)], resolution, rng, progress)
+    wanted, at_once = [nouns[k % len(nouns)] for k in range(count)], min(at_once, _AT_ONCE)
+    with host.training():
+        drawn = _drawn(host, wanted, resolution, rng, at_once, progress)
     pictures, marks, captions = [], [], []
     for number, companion in enumerate(drawn):
         photo, first = usable[number % len(usable)], number % 2 == 0
@@ -111,9 +117,8 @@ def with_companions(
         nothing = torch.zeros_like(mask)
         pictures.append(torch.cat([own, other] if first else [other, own], 1))
         marks.append(torch.cat([mask, nothing] if first else [nothing, mask], 1))
-        names = ["a {}", f"a {nouns[number % len(nouns)]}"]
+        names = ["a {}", f"a {wanted[number]}"]
         captions.append("\n".join(text.format(*(names if first else names[::-1])) for text in _CAPTIONS))
-    own_masks = [None] * len(images) if masks is None else masks
     return Lesson(
         (*images, *pictures),
         (*own_masks, *marks),
@@ -130,7 +135,12 @@ def things_beside(host: Host, subject: Subject) -> list[str]:
 
 
 def _drawn(
-    host: Host, nouns: Sequence[str], size: int, rng: Random, progress: Callable[[int, int], None] | None
+    host: Host,
+    nouns: Sequence[str],
+    size: int,
+    rng: Random,
+    at_once: int,
+    progress: Callable[[int, int], None] | None,
 ) -> list[Tensor]:
     """A picture (size, size, 3) of each thing, on the CPU."""
     seeds, pictures, done = [rng.getrandbits(32) for _ in nouns], [], 0
@@ -138,13 +148,13 @@ def _drawn(
     def between() -> None:
         nonlocal done
         if progress is not None:
-            progress(done, _STEPS * -(-len(nouns) // _AT_ONCE))
+            progress(done, _STEPS * -(-len(nouns) // at_once))
         done += 1
 
     with torch.no_grad():
         shape = tuple(host.encode_images(torch.full((1, size, size, 3), 0.5)).shape[1:])
-        for start in range(0, len(nouns), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
+        for start in range(0, len(nouns), at_once):
+            part = slice(start, start + at_once)
             prompts = [_DRAWN.format(noun) for noun in nouns[part]]
             text = host.encode([*prompts, *[""] * len(prompts)])
             # The very tensor that every step hands over, where the network computes.
@@ -153,6 +163,13 @@ def _drawn(
             latents = sample(host, noise, text, None, _STEPS, _GUIDANCE, between)
             pictures += host.decode_latents(latents).unbind()
     return pictures
+
+
+def _is_usable(image: Tensor, mask: Tensor | None, number: int) -> bool:
+    """Whether anything can be learned of a photo. Raises ValueError for what is none, or has an unusable mask."""
+    rgb, transparency = as_rgb(image, number)
+    soft_mask(transparency if mask is None else mask, rgb, number)
+    return not is_plain(rgb)
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -30,6 +30,7 @@ from .dataset import Photos
 from .trainer import Subject, Trainer
 
 _MOST_PHOTOS = 32
+_SCORED = 2  # how pictures are scored, counted up where scores of before lack something
 _HELD_OUT_DRAW = 2
 _NEGATIVE = ""
 # Places, light, styles and second things; none asks for a color or a material, which a concept has of its own.
@@ -252,7 +253,7 @@ class PictureScorer:
         self._photos = None if photos is None else self._embedded(photos)
         self._texts: dict[str, Tensor] = {}
         settings = [*self.draw.settings, photos is None]
-        told = json.dumps([settings, (100 * texts.float().mean(0)).round().int().tolist()])
+        told = json.dumps([_SCORED, settings, (100 * texts.float().mean(0)).round().int().tolist()])
         self.identity = f"pictures {sha256(told.encode()).hexdigest()[:16]}"
 
     def __call__(self, trainer: Trainer, concept: Concept, step: int) -> tuple[Score, Tensor]:

@@ -285,6 +285,24 @@ def test_words_of_several_concepts_are_looked_at_by_place(lab: Lab) -> None:
     assert torch.equal(found, lab.sample(model, text, negative))
 
 
+def test_what_is_drawn_in_windows_has_no_places_of_others(lab: Lab) -> None:
+    """Context windows hand over some pictures of a batch at a time, under the same names."""
+    model, clip = at(lab, focused_pair(lab))
+    text, negative = lab.encode(clip, BOTH), lab.encode(clip, "blurry")
+
+    def in_windows(apply: Any, given: Any) -> torch.Tensor:
+        parts, rows = [], len(given["input"]) // 2
+        for window in (slice(0, 2), slice(2, 3)):
+            index = [k * rows + n for k in range(2) for n in range(rows)[window]]
+            c = {k: v[index] if isinstance(v, torch.Tensor) else v for k, v in given["c"].items()}
+            parts.append(apply(given["input"][index], given["timestep"][index], **c).chunk(2))
+        return torch.cat([torch.cat([part[k] for part in parts]) for k in range(2)])
+
+    windowed = model.clone()
+    windowed.set_model_unet_function_wrapper(in_windows)
+    assert lab.sample(windowed, text, negative, count=3).isfinite().all()
+
+
 def test_a_concept_with_a_region_does_not_compete_for_places(lab: Lab) -> None:
     stack = lab.host.module("perfusion.stack")
     half = torch.zeros(8, 8)

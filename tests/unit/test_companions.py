@@ -38,9 +38,7 @@ def subject(**changes: Any) -> Subject:
 
 def lesson(count: int = 4, host: FakeHost | None = None, **changes: Any) -> Lesson:
     given: dict[str, Any] = {"images": [photo(), photo()], "masks": [mask(), mask()], "subject": subject()}
-    loaded = host or FakeHost()
-    loaded.in_training = True
-    return with_companions(loaded, count=count, resolution=SIDE, **{**given, **changes})
+    return with_companions(host or FakeHost(), count=count, resolution=SIDE, **{**given, **changes})
 
 
 def test_the_thing_stands_in_half_of_each_and_its_mask_knows_where() -> None:

@@ -972,6 +972,16 @@ def test_a_new_sampling_knows_nothing_of_places(pipe: Any, host: DiffusersHost) 
         assert torch.equal(drawn(num_inference_steps=1), one_step)
 
 
+def test_those_who_offload_a_network_leave_places_known(pipe: Any, host: DiffusersHost) -> None:
+    """They take whatever stands at its forward off, and put their own there."""
+    stack = focused_pair(host)
+    with apply(pipe, stack):
+        expected = call(pipe, BOTH)
+        vars(pipe.unet).pop("forward", None)
+        assert torch.equal(call(pipe, BOTH), expected)
+    assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+
+
 def test_places_are_of_each_picture_alone(host: DiffusersHost) -> None:
     stack, size = focused_pair(host), 8 * host.latent_scale
     prompts = [BOTH, f"a {CAT} on a {TEDDY}", PROMPT]

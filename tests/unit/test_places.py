@@ -113,3 +113,28 @@ def test_what_was_said_counts_for_all_of_the_next_call() -> None:
     assert torch.equal(torch.as_tensor(following.shares(focus, SIZE)), torch.as_tensor(first.shares(focus, SIZE)))
     assert following.said is not None and first.said is not None
     assert not torch.equal(following.said, first.said), "and what is said in it, for the one behind it"
+
+
+def test_a_concept_that_is_all_but_shut_takes_no_place() -> None:
+    focus = focus_of((2,), (5,))
+    focus = Focus(focus.parts * torch.tensor([1.0, 1e-4]))
+    shares = of_two(focus).shares(focus, SIZE)
+    assert shares is not None and float(shares[..., 0].min()) > 0.9
+
+
+def test_a_concept_that_comes_in_later_was_not_asked() -> None:
+    """Until it is, words are looked at everywhere."""
+    before = of_two(focus_of((2,), (5,))).said
+    assert before is not None
+    third = torch.cat([before, torch.zeros_like(before[:, :1])], 1)
+    focus = focus_of((2,), (5,), (7,))
+    shares = Places(third).shares(focus, SIZE)
+    assert shares is not None and torch.equal(shares, torch.ones(1, PLACES, 3))
+    still_out = Places(third).shares(focus_of((2,), (5,), ()), SIZE)
+    assert still_out is not None and float(still_out[..., :2].min()) < 0.05
+
+
+def test_what_was_said_of_another_batch_is_not_heard() -> None:
+    focus = focus_of((2,), (5,))
+    two = Focus(focus.parts.repeat(2, 1, 1))
+    assert Places(of_two(focus).said).shares(two, SIZE) is None

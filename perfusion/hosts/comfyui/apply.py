@@ -38,8 +38,8 @@ class Applied:
 
     ``rows``: gates of each concept for each row of a batch, see ``ConceptStack.edit``. ``edit`` is what is in force:
     that of all concepts, but for the time of one call of the network that in which those are shut that are not in at
-    its level of noise. ``picture`` is the height and width of what is sampled, and ``said`` what the last call of the
-    network in this sampling said of the places of words, by the id of the prompt.
+    its level of noise. ``picture`` is the height and width of what is sampled, ``pictures`` how many of them, and
+    ``said`` what the last call of the network in this sampling said of the places of words, by the id of the prompt.
     """
 
     def __init__(self, stack: ConceptStack, rows: Rows | None = None):
@@ -47,6 +47,7 @@ class Applied:
         self.rows = rows
         self.told_of_fallback = self.told_of_regions = self.told_of_scope = self.told_of_blocks = False
         self.picture: tuple[int, int] | None = None
+        self.pictures = 0
         self.said: dict[Any, Tensor] = {}
         self.edit: KeyValueEdit | None = stack.edit(rows) if len(stack) else None
         self.scheduled = not all(use.always for use in stack.uses)
@@ -185,28 +186,31 @@ def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
         steer = partial(steered, edit=owner.edit, regions=regions, places=places)
         args, kwargs = _with_options(args, kwargs, partial(_told_of_blocks, owner, steer))
         made = _told(owner, shift, words, executor, args, kwargs)
-        if rows and places.said is not None:
-            owner.said |= dict(zip(rows, places.said.chunk(len(rows)), strict=True))
+        said = places.said
+        # Whoever enlarges the batch on its way to the layers has rows of its own.
+        if rows and said is not None and len(said) == len(rows) * owner.pictures:
+            owner.said |= dict(zip(rows, said.split(owner.pictures), strict=True))
         return made
     finally:
         owner.edit = everything
 
 
 def _prompts_of(owner: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The ids of the prompts in one call of the network, each for as many rows; none for a part of a picture, or where
-    the host does not tell.
+    """The ids of the prompts in one call of the network, each for all pictures; none for a part of a picture, for some
+    of them, or where the host does not tell.
     """
-    if owner.picture != tuple(args[0].shape[-2:]):
-        return []
-    ids = list((_options_of(args, kwargs)).get("uuids") or [])
-    return ids if ids and len(args[0]) % len(ids) == 0 else []
+    options = _options_of(args, kwargs)
+    ids = list(options.get("uuids") or [])
+    whole = owner.picture == tuple(args[0].shape[-2:]) and len(args[0]) == len(ids) * owner.pictures
+    return ids if whole and options.get("context_window") is None else []
 
 
 def _said_before(owner: Applied, rows: Sequence[Any]) -> Tensor | None:
     """What the last call said of the places of words in these prompts, where it did of all."""
     found = [owner.said.get(row) for row in rows]
     known = [said for said in found if said is not None]
-    return torch.cat(known) if known and len(known) == len(found) else None
+    alike = len({said.shape for said in known}) == 1
+    return torch.cat(known) if alike and len(known) == len(found) else None
 
 
 def _told_of_blocks(
@@ -313,7 +317,7 @@ def _before_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     owner = executor.class_obj.model_patcher.get_attachment(KEY)
     if owner is None:
         return executor(*args, **kwargs)
-    owner.picture = tuple(args[0].shape[-2:])
+    owner.picture, owner.pictures = tuple(args[0].shape[-2:]), len(args[0])
     owner.said.clear()
     _warn_of_shut_gates(owner, getattr(executor.class_obj, "conds", {}))
     try:

@@ -104,12 +104,15 @@ class _Layers:
         focus = self._edit.focus(context)
         if focus is None:
             return None, None
-        placeless = [region is None for region in self._regions] or [True] * focus.parts.shape[-1]
-        free = torch.tensor(placeless, device=focus.parts.device)
-        competing = Focus(focus.parts * free)
-        if self._places is None or not competing.competes:
+        if self._places is None or torch.compiler.is_compiling():
             return focus.everywhere, None
-        return Focus(focus.parts * ~free).everywhere, competing
+        if not any(region is not None for region in self._regions):
+            return (None, focus) if focus.competes else (focus.everywhere, None)
+        placeless = torch.tensor([region is None for region in self._regions], device=focus.parts.device)
+        competing = Focus(focus.parts * placeless)
+        if not competing.competes:
+            return focus.everywhere, None
+        return Focus(focus.parts * ~placeless).everywhere, competing
 
     def _bias(self, q: Tensor, k: Tensor) -> Tensor | None:
         """What is added before the softmax of queries (b, places, i) and keys (b, m, i): (b, places or 1, m)."""

@@ -1,15 +1,17 @@
 """How edits are put over a network's projections and taken off again.
 
-The forward of whatever module stands at ``attn2.to_k`` or ``attn2.to_v``, of ``attn2`` itself, and of the network, is
-replaced on the instance, never the module: a low-rank adapter that has taken its place keeps working, and so do
+The forward of whatever module stands at ``attn2.to_k`` or ``attn2.to_v``, and of ``attn2`` itself, is replaced on the
+instance, never the module: a low-rank adapter that has taken its place keeps working, and so do
 offloading hooks, attention processors and state-dict keys. Weights are read only by calling the replaced forward.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from ...places import Places, placed
 from ...regions import sizes_of
 from ..replacing import replaced
 from .structure import cross_attentions
+
+_REMEMBERED_SAMPLINGS = 4
 
 Told = tuple[Tensor | None, Tensor | None]  # the shift (b, m, d) and the words (b, m) of a context
 
@@ -43,16 +47,14 @@ class _Forward:
         return edit.project(self.layer, self.path, context, self.previous)
 
 
-class _Network:
-    """Stands in for the forward of the network, whose calls follow each other in one sampling."""
+@dataclass
+class _Sampling:
+    """What is known of the places of words in one prompt: ``said`` by the last call, at ``last``, since ``first``."""
 
-    def __init__(self, owner: EditedProjections, network: torch.nn.Module):
-        self.owner = owner
-        self.previous: Callable[..., Any] = network.forward
-
-    def __call__(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        with self.owner.calls.one(sample, timestep):
-            return self.previous(sample, timestep, *args, **kwargs)
+    context: weakref.ref[Tensor]
+    first: float
+    last: float
+    said: Tensor | None = None
 
 
 class _Calls:
@@ -62,32 +64,55 @@ class _Calls:
         self.size: tuple[int, int] | None = None
         self._timestep: Tensor | float = 0.0
         self._places: Places | None = None
-        self._context: weakref.ref[Tensor] | None = None
-        self._said: Tensor | None = None
-        self._first = self._last = float("inf")
+        self._now: _Sampling | None = None
+        self._known: deque[_Sampling] = deque(maxlen=_REMEMBERED_SAMPLINGS)
 
     @contextmanager
-    def one(self, sample: Tensor, timestep: Tensor | float) -> Iterator[None]:
-        """Around one call with latents (b, c, h, w)."""
-        self.size, self._timestep = (sample.shape[-2], sample.shape[-1]), timestep
+    def of(self, network: torch.nn.Module) -> Iterator[None]:
+        """Follows the calls of a network; by hooks, which those who offload it leave alone."""
+
+        def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sample, timestep = (args[k] if len(args) > k else kwargs[n] for k, n in enumerate(("sample", "timestep")))
+            self._begin(sample, timestep)
+
+        def end(_: Any, args: tuple[Any, ...], output: Any) -> None:
+            # Nothing came of a call that raised, and nothing does of its sampling.
+            self._end(completed=output is not None)
+
+        hooks = [
+            network.register_forward_pre_hook(begin, with_kwargs=True),
+            network.register_forward_hook(end, always_call=True),
+        ]
         try:
             yield
-            if self._places is not None:
-                self._said = self._places.said
         finally:
-            self.size = self._places = None
+            for hook in hooks:
+                hook.remove()
+
+    def _begin(self, sample: Tensor, timestep: Tensor | float) -> None:
+        self.size, self._timestep = (sample.shape[-2], sample.shape[-1]), timestep
+        self._places = self._now = None
+
+    def _end(self, *, completed: bool) -> None:
+        if self._now is not None and self._places is not None:
+            if completed:
+                self._now.said = self._places.said
+            else:
+                self._known.clear()
+        self.size = self._places = self._now = None
 
     def places(self, context: Tensor) -> Places:
-        """The places of words in this call. A prompt that was not that of the last call, or noise as strong as that of
-        the first, or stronger than that of the last: a new sampling begins.
+        """The places of words in this call. A prompt that is new, or noise as strong as that of its first call, or
+        stronger than that of its last: a new sampling begins.
         """
         if self._places is None:
             level = float(torch.as_tensor(self._timestep).max())
-            known = self._context is not None and self._context() is context
-            if not known or level >= self._first or level > self._last:
-                self._context, self._said, self._first = weakref.ref(context), None, level
-            self._last = level
-            self._places = Places(self._said)
+            found = next((known for known in self._known if known.context() is context), None)
+            if found is None or level >= found.first or level > found.last:
+                found = _Sampling(weakref.ref(context), level, level)
+                self._known.appendleft(found)
+            found.last = level
+            self._now, self._places = found, Places(found.said)
         return self._places
 
 
@@ -140,8 +165,10 @@ class _Attention:
         """
         upcast = self.layer.upcast_attention and not type(self.layer.processor).__name__.endswith("2_0")
         dtype = torch.float32 if upcast else hidden_states.dtype
-        heads, length = bias.repeat_interleave(self.layer.heads, dim=0), bias.shape[-1]
-        return pad(heads.to(hidden_states.device, dtype), (0, -length % 8))[..., :length]
+        length = bias.shape[-1]
+        padded = pad(bias.to(hidden_states.device, dtype), (0, -length % 8))
+        heads = padded.repeat_interleave(self.layer.heads, dim=0)
+        return heads[..., :length]
 
 
 class EditedProjections:
@@ -178,7 +205,7 @@ class EditedProjections:
                     _require_free(module)
                     stack.enter_context(replaced(module, "forward", _Forward(self, layer, path, module.forward)))
                 stack.enter_context(replaced(attention, "forward", _Attention(self, layer, attention)))
-            stack.enter_context(replaced(self._unet, "forward", _Network(self, self._unet)))
+            stack.enter_context(self.calls.of(self._unet))
             self._installed = True
             try:
                 yield
