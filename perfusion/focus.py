@@ -17,19 +17,6 @@ class Focus:
         self.parts = parts
         self.everywhere = parts.sum(-1).unsqueeze(1)
         self.most = parts.amax(1)
-        self._competes: bool | None = None
-
-    @property
-    def present(self) -> Tensor:
-        """Which concepts have a word that is looked at more: (b, j)."""
-        return self.most > 0
-
-    @property
-    def competes(self) -> bool:
-        """Whether any row has words of several concepts, which are looked at more by place: see ``places``."""
-        if self._competes is None:
-            self._competes = self.parts.shape[-1] > 1 and bool((self.present.sum(-1) > 1).any())
-        return self._competes
 
 
 def with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,19 +1,19 @@
-"""Which of several concepts' words the model looks at where, so that each thing of a picture keeps its own looks.
+"""Which words the model looks at more where, so that each thing of a picture keeps its own looks.
 
-Words that are looked at more (``KeyValueEdit.focus``) are so everywhere: the looks of one concept get into the
-thing of another. But the network knows early where each thing is to be. Where its decoder begins, a place p that will
-show the thing of concept j has the larger product with that concept's key,
+Words that are looked at more (``KeyValueEdit.focus``) are so everywhere: the looks of one concept get into the thing of
+another, and take the room of plain things. But the network knows early where each thing is to be. Where its decoder
+begins, a place p that will show the thing of concept j has the larger product with that concept's key,
 
     s_j(p) = q_p . k_j        less its mean over the picture; k_j the mean key of the concept's words
 
-already in the first step of sampling. So concepts compete for places, by
+already in the first step of sampling. So concepts compete for places, with each other and with nobody, whose s is 0:
 
-    w_j(p) = softmax_j(3 s_j(p) / sigma + log a_j)        with sigma the standard deviation of s over the picture
+    w_j(p) = exp(z_j) / (1 + sum_i exp(z_i))        with z_j = 3 s_j(p) / sigma + log a_j
 
-and a_j how much more the word of concept j is looked at, of that which is looked at most: one whose gate is all but
-shut takes no place. What is added before the softmax for a word of concept j is multiplied by ``2 w_j(p) - 1``: all of
-it where the thing of its concept is, the same taken away where that of another is. One concept alone has w = 1. All
-layers look by what those said in the last step.
+where sigma is the standard deviation of s over the picture, and a_j how much more the word of concept j is looked at,
+of that which is looked at most: one whose gate is all but shut takes no place. What is added before the softmax for a
+word of concept j is multiplied by ``2 w_j(p) - 1``: all of it where the thing of its concept is, and the same taken
+away where others are. All layers look by what those said in the last step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from .focus import Focus
 
@@ -90,11 +90,11 @@ def _shares(said: Sequence[Tensor], most: Tensor, size: Size) -> Tensor:
     spread = mean.flatten(2).std(-1, correction=0)
     sigma = (spread * present).sum(-1) / present.sum(-1).clamp_min(1)
     weight = (most / most.amax(1, keepdim=True).clamp_min(_LEAST)).log()  # of one that is not present, minus infinity
-    scaled = _SHARPNESS * mean / rearrange(sigma.clamp_min(_LEAST), "b -> b 1 1 1")
-    scaled = scaled + rearrange(weight, "b j -> b j 1 1")
-    # Of a concept that was not in yet nothing was said; and where nobody is, nobody competes.
-    asked = present.any(1) & (~present | (spread > 0)).all(1)
-    shares = torch.where(rearrange(asked, "b -> b 1 1 1"), torch.softmax(scaled, 1), torch.ones_like(scaled))
+    z = _SHARPNESS * mean / rearrange(sigma.clamp_min(_LEAST), "b -> b 1 1 1") + rearrange(weight, "b j -> b j 1 1")
+    shares = torch.softmax(pad(z, (0, 0, 0, 0, 0, 1)), 1)[:, :-1]  # the last is nobody
+    # Of a concept that was not in yet nothing was said.
+    asked = (~present | (spread > 0)).all(1)
+    shares = torch.where(rearrange(asked, "b -> b 1 1 1"), shares, torch.ones_like(shares))
     return rearrange(_resized(shares, size), "b j h w -> b (h w) j")
 
 

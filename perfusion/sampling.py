@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .edit import KeyValueEdit
 from .hosts.base import Encodings, Host
+from .places import Places
 
 
 def unit_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -37,10 +38,17 @@ def sample(
     sigmas = torch.cat([levels[timesteps], levels.new_zeros(1)]).to(noise.device)
     copies = len(text.context) // len(noise)
     x = noise * (1 + sigmas[0] ** 2).sqrt()
+    said: Tensor | None = None
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         if between is not None:
             between()
-        estimate = host.denoise(x.repeat(copies, 1, 1, 1), sigma.repeat(copies * len(x)), text, edit)
+        noisy, level = x.repeat(copies, 1, 1, 1), sigma.repeat(copies * len(x))
+        if edit is not None and edit.focuses:
+            places = Places(said)
+            estimate = host.denoise(noisy, level, text, edit, places=places)
+            said = places.said
+        else:
+            estimate = host.denoise(noisy, level, text, edit)
         if copies == 2:
             wanted, unwanted = estimate.chunk(2)
             estimate = unwanted + guidance * (wanted - unwanted)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..edit import KeyValueEdit
 from ..family import Family
+from ..places import Places
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,10 @@ class Host(TextHost, Protocol):
         text: Encodings,
         edit: KeyValueEdit | None,
         sizes: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """x0 estimated from ``noisy`` = x0 + sigma * noise (b, c, h, w), sigma (b,), with keys and values edited and
-        ``edit.focus`` added before the softmax of cross-attention.
+        ``edit.focus`` added before the softmax of cross-attention: where ``places`` has it, without them everywhere.
 
         ``sizes`` (b, 2): height and width in pixels of what each latent shows, before it was resized, for families
         whose network is told; without, the size that it has now.

@@ -93,8 +93,8 @@ def with_companions(
     others; none where the encoders know no other things. The same seed gives the same pictures.
 
     ``progress`` is called before each step of drawing, and may raise to stop; ``at_once``, at most 4, are drawn
-    together. To be used outside ``host.training()``. Raises ValueError for an image that is not one, or captions that are not one
-    for each photo, and MaskError for an unusable mask, all before anything is drawn.
+    together. To be used outside ``host.training()``. Raises ValueError for an image that is not one, or captions that
+    are not one for each photo, and MaskError for an unusable mask, all before anything is drawn.
     """
     of_photo = list(subject.of_photo or [""] * len(images))
     if len(of_photo) != len(images):

@@ -228,11 +228,12 @@ def test_a_focus_looks_more_at_the_word_and_leaves_other_extensions_in_work(lab:
     found = lab.sample(watched, text, negative)
     given = [(places, mask) for places, mask in masks.seen if mask is not None]
     assert {places for places, _ in given} == {64, 16} and len(given) * 2 == len(masks.seen)
+    by_place = [mask.shape[1] == places for places, mask in given]
+    assert not by_place[0] and by_place == sorted(by_place) and all(by_place[len(given) // 2 :]), "once they are known"
     for _, mask in given:
-        assert mask.shape[:2] == (2, 1)
-        words = sorted(mask[:, 0].count_nonzero(dim=1).tolist())
+        words = sorted(mask.abs().amax(1).count_nonzero(dim=1).tolist())
         assert words == [0, 1], "the word of the prompt, none of the negative prompt"
-        assert 2 < float(mask.max()) <= math.log(20)
+        assert 2 < float(mask.abs().max()) <= math.log(20)
     assert torch.equal(found, lab.sample(model, text, negative))
     assert not torch.allclose(found, lab.sample(at(lab, scheduled(lab))[0], text, negative), atol=1e-2)
 
@@ -318,7 +319,7 @@ def test_a_concept_with_a_region_does_not_compete_for_places(lab: Lab) -> None:
     assert len(words) == 2
     regional, free = sorted(words, key=lambda token: float(row[..., token].min()))
     assert float(row[:, :4, regional].min()) > 1 and float(row[:, 4:, regional].max()) < -1
-    assert torch.allclose(row[..., free], row[0, 0, free].expand(8, 8)), "the other is looked at everywhere"
+    assert float(row[..., free].min()) < 0, "the other has the places that it asks for"
 
 
 def test_blocks_that_others_do_in_their_own_way_are_told_of(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from perfusion.edit import KeyValueEdit
 from perfusion.family import Family
 from perfusion.hosts.base import Encodings, Word
+from perfusion.places import Places
 from perfusion.scope import until_last
 from perfusion.training.attention import WordAttention, collect
 
@@ -187,6 +188,7 @@ class FakeHost:
         text: Encodings,
         edit: KeyValueEdit | None,
         sizes: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         self.told_sizes = sizes
         assert self.in_training, "the protocol promises a loaded model only inside training()"

@@ -947,7 +947,7 @@ def test_words_of_several_concepts_are_looked_at_by_place(
         monkeypatch.setattr(Places, "shares", lambda *_: None)
         everywhere = call(pipe, [BOTH, PROMPT], ["", "blurry"], num_inference_steps=3)
     assert not torch.allclose(by_place[0], everywhere[0], atol=1e-2)
-    assert torch.allclose(by_place[1], everywhere[1], atol=1e-4), "a prompt of one word"
+    assert not torch.allclose(by_place[1], everywhere[1], atol=1e-2), "a prompt of one word too"
 
 
 def test_a_new_sampling_knows_nothing_of_places(pipe: Any, host: DiffusersHost) -> None:

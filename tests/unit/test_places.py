@@ -45,13 +45,13 @@ def test_each_word_is_looked_at_where_its_thing_is_to_be() -> None:
     focus = focus_of((2,), (5,))
     shares = of_two(focus).shares(focus, SIZE)
     assert shares is not None and shares.shape == (1, PLACES, 2)
-    assert torch.allclose(shares.sum(-1), torch.ones(1, PLACES))
+    assert float(shares.sum(-1).max()) <= 1, "the rest is nobody's"
     on_the_left = left() > 0
-    assert (shares[0, on_the_left, 0] > 0.95).all() and (shares[0, ~on_the_left, 1] > 0.95).all()
+    assert (shares[0, on_the_left, 0] > 0.9).all() and (shares[0, ~on_the_left, 1] > 0.9).all()
     bias = placed(focus, shares)
     assert bias.shape == (1, PLACES, 9)
-    assert torch.allclose(bias[0, on_the_left, 2], torch.tensor(LOG), rtol=0.1)
-    assert torch.allclose(bias[0, on_the_left, 5], torch.tensor(-LOG), rtol=0.1), "taken away where the other is"
+    assert float(bias[0, on_the_left, 2].min()) > 0.85 * LOG
+    assert float(bias[0, on_the_left, 5].max()) < -0.85 * LOG, "taken away where the other is"
     assert not bias[0, :, [0, 1, 3, 4, 6, 7, 8]].any(), "other tokens are looked at as ever"
 
 
@@ -61,20 +61,19 @@ def test_layers_of_any_size_look_alike(size: tuple[int, int]) -> None:
     shares = of_two(focus).shares(focus, size)
     assert shares is not None and shares.shape == (1, size[0] * size[1], 2)
     columns = shares[0, :, 0].view(size)
-    assert (columns[:, 0] > 0.95).all() and (columns[:, -1] < 0.05).all()
+    assert (columns[:, 0] > 0.9).all() and (columns[:, -1] < 0.1).all()
 
 
-def test_a_word_alone_is_looked_at_everywhere() -> None:
+def test_a_word_alone_leaves_other_things_their_places() -> None:
     focus = focus_of((2,), ())
-    assert not focus.competes
     shares = of_two(focus).shares(focus, SIZE)
     assert shares is not None
-    assert torch.equal(placed(focus, shares), focus.everywhere.expand(1, PLACES, 9))
+    bias = placed(focus, shares)
+    assert float(bias[0, left() > 0, 2].min()) > 0.8 * LOG and float(bias[0, left() < 0, 2].max()) < -0.8 * LOG
 
 
 def test_rows_without_words_are_left_alone() -> None:
     focus = Focus(torch.cat([focus_of((2,), (5,)).parts, torch.zeros(1, 9, 2)]))
-    assert focus.competes
     places = Places()
     places.add(torch.randn(2, PLACES, 8), torch.randn(2, 9, 8), focus, SIZE)
     shares = places.shares(focus, SIZE)
@@ -119,7 +118,7 @@ def test_a_concept_that_is_all_but_shut_takes_no_place() -> None:
     focus = focus_of((2,), (5,))
     focus = Focus(focus.parts * torch.tensor([1.0, 1e-4]))
     shares = of_two(focus).shares(focus, SIZE)
-    assert shares is not None and float(shares[..., 0].min()) > 0.9
+    assert shares is not None and float(shares[0, left() > 0, 0].min()) > 0.9 and float(shares[..., 1].max()) < 0.01
 
 
 def test_a_concept_that_comes_in_later_was_not_asked() -> None:
@@ -131,7 +130,7 @@ def test_a_concept_that_comes_in_later_was_not_asked() -> None:
     shares = Places(third).shares(focus, SIZE)
     assert shares is not None and torch.equal(shares, torch.ones(1, PLACES, 3))
     still_out = Places(third).shares(focus_of((2,), (5,), ()), SIZE)
-    assert still_out is not None and float(still_out[..., :2].min()) < 0.05
+    assert still_out is not None and float(still_out[..., :2].min()) < 0.1
 
 
 def test_what_was_said_of_another_batch_is_not_heard() -> None:

@@ -63,7 +63,7 @@ class _Layers:
         self._biases: dict[tuple[int, int], Tensor | None] = {}
         self._belonging: Tensor | None = None
         self._everywhere: Tensor | None = None
-        self._competing: Focus | None = None
+        self._by_place: Focus | None = None
 
     def announce(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, ...]:
         """The host's patch before a block's cross-attention, which changes nothing."""
@@ -71,10 +71,10 @@ class _Layers:
         if context is not self._context:
             self._context, self._biases = context, {}
             self._belonging = self._edit.belonging(context) if self._regions else None
-            self._everywhere, self._competing = self._focus_in(context)
+            self._everywhere, self._by_place = self._focus_in(context)
         self._announced = n.shape[1]
         self._stage = extra.get("block", ("",))[0]
-        by_place = self._regions or self._competing is not None
+        by_place = self._regions or self._by_place is not None
         self._size = sizes_of(*extra["original_shape"][-2:]).get(n.shape[1]) if by_place else None
         return n, context, value
 
@@ -97,7 +97,7 @@ class _Layers:
         return chosen(q, k, v, heads, *args, **kwargs)
 
     def _focus_in(self, context: Tensor) -> tuple[Tensor | None, Focus | None]:
-        """What is added at all places alike, (b, 1, m), and what concepts compete for places with.
+        """What is added at all places alike, (b, 1, m), and what is added by place.
 
         A concept with a region has its place.
         """
@@ -107,12 +107,9 @@ class _Layers:
         if self._places is None or torch.compiler.is_compiling():
             return focus.everywhere, None
         if not any(region is not None for region in self._regions):
-            return (None, focus) if focus.competes else (focus.everywhere, None)
+            return None, focus
         placeless = torch.tensor([region is None for region in self._regions], device=focus.parts.device)
-        competing = Focus(focus.parts * placeless)
-        if not competing.competes:
-            return focus.everywhere, None
-        return Focus(focus.parts * ~placeless).everywhere, competing
+        return Focus(focus.parts * ~placeless).everywhere, Focus(focus.parts * placeless)
 
     def _bias(self, q: Tensor, k: Tensor) -> Tensor | None:
         """What is added before the softmax of queries (b, places, i) and keys (b, m, i): (b, places or 1, m)."""
@@ -121,7 +118,7 @@ class _Layers:
         return sum(present[1:], present[0]) if present else None
 
     def _placed_bias(self, size: tuple[int, int] | None, q: Tensor, k: Tensor) -> Tensor | None:
-        focus, places = self._competing, self._places
+        focus, places = self._by_place, self._places
         if focus is None or places is None:
             return None
         if size is None:

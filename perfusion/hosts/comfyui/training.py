@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...edit import KeyValueEdit
 from ...family import Family
+from ...places import Places
 from ...stack import ConceptStack
 from ...training.attention import WordAttention, collect
 from ..base import Encodings, Word
@@ -163,6 +164,7 @@ class ComfyHost:
         text: Encodings,
         edit: KeyValueEdit | None,
         sizes: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """See ``Host.denoise``. SDXL is told the sizes, other families don't ask."""
         if self._visited and torch.is_grad_enabled():
@@ -173,7 +175,7 @@ class ComfyHost:
         self._live.edit = edit
         options: dict[str, Any] = {"optimized_attention_override": _differentiable_attention}
         if edit is not None and edit.focuses:
-            options = steered(options, edit=edit)
+            options = steered(options, edit=edit, places=places)
         return self._estimate(noisy, sigma, text, options, sizes)
 
     def attention_maps(self, latents: Tensor, prompts: Sequence[str], word: Word, levels: Sequence[float]) -> Tensor:

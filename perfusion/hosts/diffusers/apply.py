@@ -47,7 +47,7 @@ def apply(pipeline: Any, stack: ConceptStack) -> Iterator[None]:
                 "layers: apply it without"
             )
     require_fit(family_of(pipeline), stack)
-    projections = EditedProjections(pipeline.unet)
+    projections = EditedProjections(pipeline.unet, follows=True)
     with projections.installed():
         applied = _Applied(pipeline, stack)
         projections.edit = applied.edit

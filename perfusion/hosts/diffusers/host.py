@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...edit import KeyValueEdit
 from ...family import Family
+from ...places import Places
 from ..base import Encodings, Word
 from ..frozen import frozen_layers, widened
 from .attention import attention_maps
@@ -137,6 +138,7 @@ class DiffusersHost:
         text: Encodings,
         edit: KeyValueEdit | None,
         sizes: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """See ``Host.denoise``. The families of this host are not told sizes."""
         spread = sigma.view(-1, 1, 1, 1)
@@ -145,6 +147,7 @@ class DiffusersHost:
         with self._projections.installed():
             # It stays in force behind this call: checkpointed blocks are computed again in the backward pass.
             self._projections.edit = edit
+            self._projections.looking = None if places is None else (places, (noisy.shape[-2], noisy.shape[-1]))
             raw = self.unet(
                 (noisy / scale).to(dtype),
                 self.timestep(sigma),

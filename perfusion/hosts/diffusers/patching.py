@@ -58,30 +58,22 @@ class _Sampling:
 
 
 class _Calls:
-    """The calls of a network, one after the other: what each says of the places of words is there for the next."""
+    """The calls of a pipeline's network: what each says of the places of words is there for the next.
 
-    def __init__(self) -> None:
-        self.size: tuple[int, int] | None = None
-        self._timestep: Tensor | float = 0.0
-        self._places: Places | None = None
-        self._now: _Sampling | None = None
+    Followed by hooks, which those who offload the network leave alone.
+    """
+
+    def __init__(self, owner: EditedProjections):
+        self._owner = owner
         self._known: deque[_Sampling] = deque(maxlen=_REMEMBERED_SAMPLINGS)
+        self._now: _Sampling | None = None
 
     @contextmanager
     def of(self, network: torch.nn.Module) -> Iterator[None]:
-        """Follows the calls of a network; by hooks, which those who offload it leave alone."""
-
-        def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sample, timestep = (args[k] if len(args) > k else kwargs[n] for k, n in enumerate(("sample", "timestep")))
-            self._begin(sample, timestep)
-
-        def end(_: Any, args: tuple[Any, ...], output: Any) -> None:
-            # Nothing came of a call that raised, and nothing does of its sampling.
-            self._end(completed=output is not None)
-
+        """Follows the calls of a network for the time of the block."""
         hooks = [
-            network.register_forward_pre_hook(begin, with_kwargs=True),
-            network.register_forward_hook(end, always_call=True),
+            network.register_forward_pre_hook(self._begin, with_kwargs=True),
+            network.register_forward_hook(self._end, always_call=True),
         ]
         try:
             yield
@@ -89,31 +81,35 @@ class _Calls:
             for hook in hooks:
                 hook.remove()
 
-    def _begin(self, sample: Tensor, timestep: Tensor | float) -> None:
-        self.size, self._timestep = (sample.shape[-2], sample.shape[-1]), timestep
-        self._places = self._now = None
+    def _begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        edit = self._owner.edit
+        if edit is None or not edit.focuses:
+            return
+        names = ("sample", "timestep", "encoder_hidden_states")
+        given: list[Any] = [args[k] if len(args) > k else kwargs.get(name) for k, name in enumerate(names)]
+        sample, timestep, context = given
+        if isinstance(context, Tensor):
+            self._now = self._sampling(context, float(torch.as_tensor(timestep).max()))
+            self._owner.looking = Places(self._now.said), (sample.shape[-2], sample.shape[-1])
 
-    def _end(self, *, completed: bool) -> None:
-        if self._now is not None and self._places is not None:
-            if completed:
-                self._now.said = self._places.said
-            else:
-                self._known.clear()
-        self.size = self._places = self._now = None
-
-    def places(self, context: Tensor) -> Places:
-        """The places of words in this call. A prompt that is new, or noise as strong as that of its first call, or
-        stronger than that of its last: a new sampling begins.
+    def _sampling(self, context: Tensor, level: float) -> _Sampling:
+        """A prompt that is new, or noise as strong as that of its first call, or stronger than that of its last: a new
+        sampling begins.
         """
-        if self._places is None:
-            level = float(torch.as_tensor(self._timestep).max())
-            found = next((known for known in self._known if known.context() is context), None)
-            if found is None or level >= found.first or level > found.last:
-                found = _Sampling(weakref.ref(context), level, level)
-                self._known.appendleft(found)
-            found.last = level
-            self._now, self._places = found, Places(found.said)
-        return self._places
+        found = next((known for known in self._known if known.context() is context), None)
+        if found is None or level >= found.first or level > found.last:
+            found = _Sampling(weakref.ref(context), level, level)
+            self._known.appendleft(found)
+        found.last = level
+        return found
+
+    def _end(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
+        if self._now is not None and self._owner.looking is not None:
+            if output is None:  # nothing came of a call that raised, and nothing does of its sampling
+                self._known.clear()
+            else:
+                self._now.said = self._owner.looking[0].said
+        self._now = self._owner.looking = None
 
 
 class _Attention:
@@ -147,13 +143,13 @@ class _Attention:
 
     def _placed(self, focus: Focus, hidden_states: Tensor, context: Tensor) -> Tensor:
         """What is added before the softmax: (b, t, m), or (b, 1, m) where all places look alike."""
-        latent = self.owner.calls.size
-        if latent is None or torch.compiler.is_compiling() or hidden_states.ndim != 3 or not focus.competes:
+        looking = self.owner.looking
+        if looking is None or torch.compiler.is_compiling() or hidden_states.ndim != 3:
             return focus.everywhere
+        places, latent = looking
         size = sizes_of(*latent).get(hidden_states.shape[1])
         if size is None:
             return focus.everywhere
-        places = self.owner.calls.places(context)
         if places.asks(self._stage, size):
             places.add(self.layer.to_q(hidden_states), self.layer.to_k(context), focus, size)
         shares = places.shares(focus, size)
@@ -176,12 +172,17 @@ class EditedProjections:
 
     ``edit`` counts while ``installed()``; with None the network is as ever. ``told_of`` finds what belongs to a
     context: its shift, for globally locked keys, and whose word each token is; without it the edit keeps what it holds.
+    ``looking`` are the places of words in the call that goes on, and the height and width of its latents; a network
+    that ``follows`` a pipeline's sampling finds them by itself.
     """
 
-    def __init__(self, unet: torch.nn.Module, told_of: Callable[[Tensor], Told] | None = None):
+    def __init__(
+        self, unet: torch.nn.Module, told_of: Callable[[Tensor], Told] | None = None, *, follows: bool = False
+    ):
         self.edit: KeyValueEdit | None = None
+        self.looking: tuple[Places, tuple[int, int]] | None = None
         self.told_of = told_of
-        self.calls = _Calls()
+        self._follows = follows
         self._unet = unet
         self._installed = False
 
@@ -205,12 +206,13 @@ class EditedProjections:
                     _require_free(module)
                     stack.enter_context(replaced(module, "forward", _Forward(self, layer, path, module.forward)))
                 stack.enter_context(replaced(attention, "forward", _Attention(self, layer, attention)))
-            stack.enter_context(self.calls.of(self._unet))
+            if self._follows:
+                stack.enter_context(_Calls(self).of(self._unet))
             self._installed = True
             try:
                 yield
             finally:
-                self._installed, self.edit, self.calls = False, None, _Calls()
+                self._installed, self.edit, self.looking = False, None, None
 
 
 def _require_free(projection: torch.nn.Module) -> None:
