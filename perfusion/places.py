@@ -79,14 +79,12 @@ class Places:
 
     @property
     def said(self) -> Tensor | None:
-        """The mean of what was said in this call, for the next: (b, j, height, width), as large as the largest."""
-        if not self._maps:
-            return None
-        return _mean(self._maps, max(_size(said) for said in self._maps))
+        """The mean of what was said in this call, for the next: (b, j, height, width)."""
+        return torch.stack(self._maps).mean(0) if self._maps else None
 
 
 def _shares(said: Sequence[Tensor], most: Tensor, size: Size) -> Tensor:
-    mean, present = _mean(said, max(map(_size, said))), most > 0
+    mean, present = torch.stack(list(said)).mean(0), most > 0
     spread = mean.flatten(2).std(-1, correction=0)
     sigma = (spread * present).sum(-1) / present.sum(-1).clamp_min(1)
     weight = (most / most.amax(1, keepdim=True).clamp_min(_LEAST)).log()  # of one that is not present, minus infinity
@@ -98,16 +96,8 @@ def _shares(said: Sequence[Tensor], most: Tensor, size: Size) -> Tensor:
     return rearrange(_resized(shares, size), "b j h w -> b (h w) j")
 
 
-def _mean(maps: Sequence[Tensor], size: Size) -> Tensor:
-    return torch.stack([_resized(one, size) for one in maps]).mean(0)
-
-
 def _resized(maps: Tensor, size: Size) -> Tensor:
-    if _size(maps) == size:
+    if tuple(maps.shape[-2:]) == size:
         return maps
     smaller = size[0] < maps.shape[-2]
     return interpolate(maps, size=size, mode="area") if smaller else interpolate(maps, size=size, mode="bilinear")
-
-
-def _size(maps: Tensor) -> Size:
-    return maps.shape[-2], maps.shape[-1]

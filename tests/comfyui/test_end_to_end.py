@@ -36,6 +36,7 @@ QUICK = {
     "batch_size": int(os.environ.get("PERFUSION_E2E_BATCH", "2")),
     "resolution": SIZE,
     "contexts": 8,
+    "companions": 1,
     "corpus_size": 64,
     **({} if PHOTOS else {"captions": "a photo of a {}\na {} outside"}),  # each is encoded by a full-size encoder
     "previews": False,

@@ -118,6 +118,7 @@ def test_train_save_load_apply_sample(comfy_host: ComfyHost, lab: FamilyLab, mon
     schema = comfy_host.nodes["PerfusionTrainConcept"].GET_SCHEMA()
     settings = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None}
     settings |= {"steps": 2, "batch_size": 4, "micro_batch": 0, "resolution": 64, "contexts": 8, "corpus_size": 32}
+    settings |= {"companions": 1}
     settings |= {"super_category": "teddy bear", "placeholder": TEDDY, "captions": "a {}", "previews": False}
     loaded = {name: ["checkpoint", index] for index, name in enumerate(("model", "clip", "vae"))}
     prompt = {**text_to_image("", PROMPTS[1]), "checkpoint": node("TestCheckpoint"), "photos": node("TestPhotos")}

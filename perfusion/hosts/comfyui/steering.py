@@ -104,7 +104,7 @@ class _Layers:
         focus = self._edit.focus(context)
         if focus is None:
             return None, None
-        if self._places is None or torch.compiler.is_compiling():
+        if self._places is None:
             return focus.everywhere, None
         if not any(region is not None for region in self._regions):
             return None, focus
