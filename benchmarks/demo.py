@@ -68,6 +68,7 @@ SCENES = (
     "a photo of a {} wearing a crown",
     "a pencil sketch of a {}",
 )
+SEED_OF_TWO = 1
 SCENES_OF_TWO = (
     "a photo of a {} and a {}",
     "a photo of a {} next to a {} on the beach",
@@ -264,11 +265,11 @@ def _drawn(
                 Row(kind, "the model without the concept, same seeds", list(plain[: len(SCENES)])),
             ]
         both = ConceptStack(tuple(ConceptUse(each.concept) for each in learned))
-        together = list(pictures(both, [s.format(*words[::-1]) for s in SCENES_OF_TWO], [0]))
+        together = list(pictures(both, [s.format(*words) for s in SCENES_OF_TWO], [SEED_OF_TWO]))
         label = "two files at once, in one pass"
-        rows.append(Row("\n".join(words[::-1]), label, together, _blanks(SCENES_OF_TWO), title="Both", learned=True))
-        apart = list(pictures(nothing, [s.format(*kinds[::-1]) for s in SCENES_OF_TWO], [0]))
-        rows.append(Row("\n".join(kinds[::-1]), "the model without the concepts, same seeds", apart))
+        rows.append(Row("\n".join(words), label, together, _blanks(SCENES_OF_TWO), title="Both", learned=True))
+        apart = list(pictures(nothing, [s.format(*kinds) for s in SCENES_OF_TWO], [SEED_OF_TWO]))
+        rows.append(Row("\n".join(kinds), "the model without the concepts, same seeds", apart))
 
         first, strip, labels = learned[0], [], []
         for bias in BIASES:
