@@ -187,8 +187,13 @@ class PerfusionTradeOff(io.ComfyNode):
 def _cells(one: dict[str, Any], pictures: int) -> list[Setting]:
     """The grid that the inputs ask for."""
     values: dict[str, Any] = {}
-    bounds = {"bias": (-1, 2), "temperature": (0.01, 1), "strength": (0.01, 2), "guidance": (0, 100)}
-    bounds["focus_share"] = (0, MAX_FOCUS_SHARE)
+    bounds = {
+        "bias": (-1, 2),
+        "temperature": (0.01, 1),
+        "strength": (0.01, 2),
+        "guidance": (0, 100),
+        "focus_share": (0, MAX_FOCUS_SHARE),
+    }
     for name, (least, most) in bounds.items():
         with naming(NODE, name):
             values[name] = numbers(one.get(name, ""), least, most)

@@ -22,6 +22,7 @@ from ..perfusion.scope import SCOPES
 from ..perfusion.stack import ConceptStack, ConceptUse
 from ..perfusion.statistics import ESTIMATORS, cached, captions_for
 from ..perfusion.training.checkpoint import own_file
+from ..perfusion.training.choice import PATIENCE
 from ..perfusion.training.companions import learned_from
 from ..perfusion.training.config import BEFORE, RATES, TrainingConfig
 from ..perfusion.training.masks import attention_masks, dimmed
@@ -193,7 +194,7 @@ class PerfusionTrainConcept(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "patience",
-                    default=4,
+                    default=PATIENCE,
                     min=0,
                     max=MOST_PATIENCE,
                     optional=True,
@@ -345,7 +346,7 @@ class PerfusionTrainConcept(io.ComfyNode):
                 scorer=_scorer(host, subject, similarity, config, one.get("previews", True)),
                 state=_state(trainer, one.get("resume", RESUME[0])),
                 every=one.get("checkpoint_every", 25),
-                patience=one.get("patience", 4),
+                patience=one.get("patience", PATIENCE),
                 listeners=[view],
             )
             return _finished(run, view), notes
@@ -404,8 +405,7 @@ def _scorer(
     prompts = validation_prompts(host, subject)
     drawing: dict[str, Any] = {
         "size": config.resolution,
-        # Each is drawn twice, for guidance; what fits into memory for a step's backward pass fits for this.
-        "batch": max(1, (config.micro_batch or config.batch_size) // 2),
+        "batch": config.drawn_at_once,
         "between": comfy.model_management.throw_exception_if_processing_interrupted,
     }
     if similarity is not None:

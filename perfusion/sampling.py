@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,29 @@ from .places import Places
 def unit_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
     """Noise of unit variance, drawn on the CPU from a seed of its own: the same on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latent_shape(host: Host, size: int) -> tuple[int, ...]:
+    """(c, h, w) of the latent of a square picture of ``size`` pixels. To be called without gradient."""
+    return tuple(host.encode_images(torch.full((1, size, size, 3), 0.5)).shape[1:])
+
+
+def pictures_of(
+    host: Host,
+    text: Encodings,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    edit: KeyValueEdit | None,
+    steps: int,
+    guidance: float,
+    between: Callable[[], None] | None = None,
+) -> Tensor:
+    """Pictures (b, height, width, 3) in 0..1, on the CPU: ``sample`` from the noise of b seeds, decoded.
+
+    ``shape`` (c, h, w) is that of a latent; ``text`` lies where the network computes.
+    """
+    noise = torch.stack([unit_noise(seed, shape) for seed in seeds]).to(host.device)
+    return host.decode_latents(sample(host, noise, text, edit, steps, guidance, between))
 
 
 def sample(

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from ..concept import check_placeholder, file_stem
+from ..training.choice import PATIENCE
 from ..training.config import TrainingConfig
 from ..training.run import MOST_PATIENCE
 
@@ -93,7 +94,7 @@ OPTIONS = (
         "patience",
         int,
         "Stops early when so many judged steps in a row are clearly worse than the best. 0: never.",
-        4,
+        PATIENCE,
         least=0,
         most=MOST_PATIENCE,
     ),

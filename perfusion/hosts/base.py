@@ -53,6 +53,11 @@ class Encodings:
         pooled = None if self.pooled is None else alone(self.pooled)
         return Encodings(alone(self.context), self.word, self.padding, pooled)
 
+    def to(self, device: torch.device) -> Encodings:
+        """The same where a network computes: what follows from a context is remembered for the very same tensor."""
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return Encodings(self.context.to(device), self.word, self.padding, pooled)
+
     @staticmethod
     def joined(parts: Sequence[Encodings]) -> Encodings:
         """The encodings of prompts that were encoded in parts, one or more, of one length."""

@@ -42,7 +42,7 @@ def frozen_layers(
             return frozen(module, x)
         trained_bias = module.bias is not None and module.bias.requires_grad
         if isinstance(module, nn.Linear) and _by_onednn(x) and not trained_bias:
-            return _product(x, *_in_precision_of(x, weight, module.bias))
+            return _onednn_linear(x, *_in_precision_of(x, weight, module.bias))
         return own(x)
 
     layers = [module for network in networks for module in network.modules() if _is_known(module)]
@@ -98,9 +98,11 @@ def _by_onednn(x: Tensor) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) times a weight (out, in), and a bias (out,)."""
-    if _by_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return linear(x, weight, bias)
+    return (_onednn_linear if _by_onednn(x) else linear)(x, weight, bias)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):

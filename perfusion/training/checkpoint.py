@@ -67,7 +67,7 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "super_category": trainer.subject.super_category,
         "captions": _digest([*trainer.captions.prompts, json.dumps(trainer.captions.of_photo)]),
         "context_captions": _digest(trainer.context_captions()),
-        "number_of_photos": len(trainer.photos) - trainer.photos.made,
+        "number_of_photos": trainer.photos.photographed,
         "photos": _sketch(bucket.latents for bucket in trainer.photos.own),
         "masks": _sketch(bucket.weights for bucket in trainer.photos.own),
         "text_encoder": _sketch([trainer.e_super]),

@@ -28,7 +28,8 @@ def best(scores: Sequence[Score]) -> int:
     Of scores without pictures nothing is known of their error, and the highest is the best.
     """
     peak = highest(scores)
-    return max(place for place, score in enumerate(scores) if place == peak or _is_as_good(score, scores[peak]))
+    latest_first = reversed(range(len(scores)))
+    return next(place for place in latest_first if place == peak or _is_as_good(scores[place], scores[peak]))
 
 
 def has_passed(scores: Sequence[Score], patience: int = PATIENCE) -> bool:

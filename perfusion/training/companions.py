@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..hosts.base import Encodings, Host
-from ..sampling import sample, unit_noise
+from ..hosts.base import Host
+from ..sampling import latent_shape, pictures_of
 from .config import TrainingConfig
-from .dataset import Photos, as_rgb, best_window, cropped, is_plain, prepare, soft_mask
+from .dataset import Photos, best_window, cropped, is_plain, photo_and_mask, prepare
 from .masks import given
 from .trainer import Subject
 
@@ -69,9 +69,9 @@ def learned_from(
     ``progress`` is called of both in turn, and may raise to stop. To be used outside ``host.training()``. Raises
     ValueError as both do.
     """
-    at_once = max(1, (config.micro_batch or config.batch_size) // 2)  # guided ones take twice as many rows
+    count, at_once = config.companions, config.drawn_at_once
     lesson = with_companions(
-        host, images, masks, subject, config.companions, config.resolution, config.seed, progress, at_once=at_once
+        host, images, masks, subject, count, config.resolution, config.seed, progress, at_once=at_once
     )
     photos = prepare(host, lesson.images, lesson.masks, config.resolution, progress, buckets=buckets, made=lesson.made)
     return photos, lesson.subject
@@ -87,7 +87,7 @@ def with_companions(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     *,
-    at_once: int = 4,
+    at_once: int = _AT_ONCE,
 ) -> Lesson:
     """Photos and masks, as for ``dataset.prepare``, with ``count`` pictures behind them that show the thing beside
     others; none where the encoders know no other things. The same seed gives the same pictures.
@@ -99,9 +99,11 @@ def with_companions(
     of_photo = list(subject.of_photo or [""] * len(images))
     if len(of_photo) != len(images):
         raise ValueError(f"{len(images)} photos but {len(of_photo)} captions: give one caption for each photo, or none")
-    known = given(masks, len(images))
+    given(masks, len(images))  # raises where they are not one for each
+    if not count:
+        return Lesson(tuple(images), None if masks is None else tuple(masks), subject, 0)
     own_masks = [None] * len(images) if masks is None else list(masks)
-    usable = [k for k, image in enumerate(images) if count and _is_usable(image, own_masks[k], k)]
+    usable = [k for k, image in enumerate(images) if not is_plain(photo_and_mask(image, own_masks[k], k)[0])]
     rng, nouns = Random(f"companions {seed}"), things_beside(host, subject)
     rng.shuffle(nouns)
     if not (usable and nouns):
@@ -112,7 +114,7 @@ def with_companions(
     pictures, marks, captions = [], [], []
     for number, companion in enumerate(drawn):
         photo, first = usable[number % len(usable)], number % 2 == 0
-        own, mask = _half(*_square(images[photo], known[photo], photo, resolution), rng)
+        own, mask = _half(*_square(images[photo], own_masks[photo], photo, resolution), rng)
         other, _ = _half(companion, torch.ones(resolution, resolution), rng)
         nothing = torch.zeros_like(mask)
         pictures.append(torch.cat([own, other] if first else [other, own], 1))
@@ -152,35 +154,18 @@ def _drawn(
         done += 1
 
     with torch.no_grad():
-        shape = tuple(host.encode_images(torch.full((1, size, size, 3), 0.5)).shape[1:])
+        shape = latent_shape(host, size)
         for start in range(0, len(nouns), at_once):
             part = slice(start, start + at_once)
             prompts = [_DRAWN.format(noun) for noun in nouns[part]]
-            text = host.encode([*prompts, *[""] * len(prompts)])
-            # The very tensor that every step hands over, where the network computes.
-            text = Encodings(text.context.to(host.device), text.word, text.padding, _moved(text.pooled, host.device))
-            noise = torch.stack([unit_noise(seed, shape) for seed in seeds[part]]).to(host.device)
-            latents = sample(host, noise, text, None, _STEPS, _GUIDANCE, between)
-            pictures += host.decode_latents(latents).unbind()
+            text = host.encode([*prompts, *[""] * len(prompts)]).to(host.device)
+            pictures += pictures_of(host, text, seeds[part], shape, None, _STEPS, _GUIDANCE, between).unbind()
     return pictures
-
-
-def _is_usable(image: Tensor, mask: Tensor | None, number: int) -> bool:
-    """Whether anything can be learned of a photo. Raises ValueError for what is none, or has an unusable mask."""
-    rgb, transparency = as_rgb(image, number)
-    soft_mask(transparency if mask is None else mask, rgb, number)
-    return not is_plain(rgb)
-
-
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
 
 
 def _square(image: Tensor, mask: Tensor | None, number: int, side: int) -> tuple[Tensor, Tensor]:
     """A photo (side, side, 3), cropped to its thing, and where that is: (side, side), 0 to 1."""
-    rgb, transparency = as_rgb(image, number)
-    soft = soft_mask(transparency if mask is None else mask, rgb, number)
-    rgb, soft, _ = cropped(rgb, soft, (side, side))
+    rgb, soft, _ = cropped(*photo_and_mask(image, mask, number), (side, side))
     return rgb[0].permute(1, 2, 0), soft[0, 0]
 
 

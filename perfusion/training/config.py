@@ -103,6 +103,11 @@ class TrainingConfig:
         check("scope", self.scope in SCOPES, f"one of {', '.join(SCOPES)}")
         check("rates", self.rates in RATES, f"one of {', '.join(RATES)}")
 
+    @property
+    def drawn_at_once(self) -> int:
+        """How many guided pictures, of two rows each, take no more memory than a training step."""
+        return max(1, (self.micro_batch or self.batch_size) // 2)
+
     @classmethod
     def help(cls, name: str) -> str:
         """What a setting does, for tooltips and ``--help``."""

@@ -69,11 +69,16 @@ class Photos:
         return sum(len(bucket) for bucket in self.buckets)
 
     @property
+    def photographed(self) -> int:
+        """How many were not put together."""
+        return len(self) - self.made
+
+    @property
     def own(self) -> list[Bucket]:
         """The buckets without what was put together."""
         found = []
         for bucket in self.buckets:
-            chosen = bucket.photos < len(self) - self.made
+            chosen = bucket.photos < self.photographed
             parts = {name: part[chosen.to(part.device)] for name, part in vars(bucket).items()}
             found.append(Bucket(**parts))
         return [bucket for bucket in found if len(bucket)]
@@ -178,9 +183,7 @@ def prepare(
     notes: list[str] = []
     photos = len(images) - made
     for number, image in enumerate(images):
-        rgb, transparency = as_rgb(image, number)
-        given = None if masks is None else masks[number]
-        mask = soft_mask(transparency if given is None else given, rgb, number)
+        rgb, mask = photo_and_mask(image, None if masks is None else masks[number], number)
         if is_plain(rgb):
             notes.append(f"photo {number + 1} is of one color, from which nothing can be learned: it is left out")
         else:
@@ -265,12 +268,21 @@ def as_rgb(image: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
     return image.clamp(0, 1).permute(2, 0, 1).unsqueeze(0), transparency
 
 
+def photo_and_mask(image: Tensor, mask: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
+    """A photo (1, 3, h, w) in 0..1, and its mask (1, 1, h, w): the one given, else its transparency, else all of it.
+
+    Raises ValueError for what is no image, MaskError for an unusable mask.
+    """
+    rgb, transparency = as_rgb(image, number)
+    return rgb, _soft(transparency if mask is None else mask, rgb, number)
+
+
 def is_plain(rgb: Tensor) -> bool:
     """Whether a photo (1, 3, h, w) is of one color."""
     return float((rgb.amax((2, 3)) - rgb.amin((2, 3))).max()) < _PLAIN
 
 
-def soft_mask(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
+def _soft(mask: Tensor | None, image: Tensor, number: int) -> Tensor:
     """A mask (1, 1, h, w) of the image's size, its maximum at 1; all ones where there is none."""
     height, width = image.shape[-2:]
     if mask is None:

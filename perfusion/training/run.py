@@ -195,8 +195,9 @@ class Run:
         score, pictures = self._take() if self._due(report.step) else (None, None)
         left = self._pace.seconds(config.steps - report.step, self._checkpoints_left(report.step))
         warning, self._warning = self._warning, None
-        best = self.best.step if self.best else None
-        update = Update(report.step, report.steps, report.loss, report.gate, left, score, best, pictures, warning)
+        best = self.best
+        best_step = best.step if best else None
+        update = Update(report.step, report.steps, report.loss, report.gate, left, score, best_step, pictures, warning)
         for listener in self._listeners:
             listener(update)
 

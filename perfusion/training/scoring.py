@@ -22,8 +22,8 @@ from torch import Tensor
 from ..concept import Concept
 from ..corpus import captions_naming, captions_renaming
 from ..edit import Gate
-from ..hosts.base import Encodings, Host, TextHost, Word
-from ..sampling import sample, unit_noise
+from ..hosts.base import Host, TextHost, Word
+from ..sampling import latent_shape, pictures_of
 from ..scope import ScopedText
 from ..stack import ConceptStack, ConceptUse
 from .dataset import Photos
@@ -165,17 +165,14 @@ class Drawing:
         """A picture (height, width, 3) in 0..1 of each prompt: (n, height, width, 3), on the CPU."""
         host, word, edit = self._host, _word_of(concept), _stack_of(concept, self._gate).edit()
         with torch.no_grad():
-            blank = torch.full((1, self._size, self._size, 3), 0.5)
-            shape = tuple(host.encode_images(blank).shape[1:])
-            pictures = []
+            shape, pictures = latent_shape(host, self._size), []
             for start in range(0, len(self.prompts), self._batch):
                 prompts = self.prompts[start : start + self._batch]
-                noise = torch.stack([unit_noise(self._seed + start + k, shape) for k in range(len(prompts))])
+                seeds = range(self._seed + start, self._seed + start + len(prompts))
                 unwanted = [_NEGATIVE] * len(prompts) if self._guidance != 1 else []
-                text = _placed(ScopedText(host, concept.scope)([*prompts, *unwanted], word), host.device)
+                text = ScopedText(host, concept.scope)([*prompts, *unwanted], word).to(host.device)
                 edit.tell_own(text.word)
-                latents = sample(host, noise.to(host.device), text, edit, self._steps, self._guidance, self._between)
-                pictures.append(host.decode_latents(latents))
+                pictures.append(pictures_of(host, text, seeds, shape, edit, self._steps, self._guidance, self._between))
             return torch.cat(pictures)
 
 
@@ -403,9 +400,3 @@ def _word_of(concept: Concept) -> Word:
 
 def _stack_of(concept: Concept, gate: Gate) -> ConceptStack:
     return ConceptStack((ConceptUse(concept, gate),))
-
-
-def _placed(text: Encodings, device: torch.device) -> Encodings:
-    """The encodings where the network computes: what follows from a context is remembered for the very same tensor."""
-    pooled = None if text.pooled is None else text.pooled.to(device)
-    return Encodings(text.context.to(device), text.word, text.padding, pooled)

@@ -226,8 +226,13 @@ class Trainer:
 
     def summary(self, step: int) -> dict[str, object]:
         """The training summary of the concept as it was after ``step`` steps."""
-        made = self.photos.made
-        return {**asdict(self.config), "steps_done": step, "photos": len(self.photos) - made, "companions": made}
+        photos = self.photos
+        return {
+            **asdict(self.config),
+            "steps_done": step,
+            "photos": photos.photographed,
+            "companions": photos.made,
+        }
 
     def context_captions(self) -> list[str]:
         """The captions in which the word is looked at, to find it in any prompt."""

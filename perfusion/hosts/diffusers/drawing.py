@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...edit import KeyValueEdit
-from ...sampling import sample, unit_noise
+from ...sampling import pictures_of
 from ...stack import ConceptStack
 from ..base import Encodings
 from .host import DiffusersHost
@@ -50,9 +50,9 @@ def draw(
     with torch.no_grad(), host.edits():
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            noise = torch.stack([unit_noise(seed, shape) for seed in seeds[part]]).to(host.device)
-            text = _encode(host, stack, [*prompts[part], *([negative] * len(noise) if guidance != 1 else [])], edit)
-            pictures.append(host.decode_latents(sample(host, noise, text, edit, steps, guidance)))
+            unwanted = [negative] * len(prompts[part]) if guidance != 1 else []
+            text = _encode(host, stack, [*prompts[part], *unwanted], edit)
+            pictures.append(pictures_of(host, text, seeds[part], shape, edit, steps, guidance))
     return torch.cat(pictures)
 
 

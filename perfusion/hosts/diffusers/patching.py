@@ -1,8 +1,8 @@
 """How edits are put over a network's projections and taken off again.
 
 The forward of whatever module stands at ``attn2.to_k`` or ``attn2.to_v``, and of ``attn2`` itself, is replaced on the
-instance, never the module: a low-rank adapter that has taken its place keeps working, and so do
-offloading hooks, attention processors and state-dict keys. Weights are read only by calling the replaced forward.
+instance, never the module: a low-rank adapter that has taken its place keeps working, and so do offloading hooks,
+attention processors and state-dict keys. Weights are read only by calling the replaced forward.
 """
 
 from __future__ import annotations
