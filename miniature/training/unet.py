@@ -38,15 +38,19 @@ def train(
     compiled: bool,
     start_from_weights: bool = False,
     seed: int = 0,
+    pairs: int = 0,
 ) -> None:
-    """Train on ``pictures`` scenes with the finished VAE and text encoder; the checkpoint goes to ``cache/unet``.
+    """Train on ``pictures`` scenes, and ``pairs`` of two things, with the finished VAE and text encoder; the checkpoint
+    goes to ``cache/unet``.
 
     ``start_from_weights``: a new run begins with the weights that ship, not at random.
     """
     torch.manual_seed(seed)
     here = device()
-    mean, std = latents(cache, pictures)
-    scenes = [pool_scene("train", k) for k in range(pictures)]
+    counts = {"train": pictures, "pairs": pairs}
+    parts = [latents(cache, count, name) for name, count in counts.items() if count]
+    mean, std = (torch.cat(which) for which in zip(*parts, strict=True))
+    scenes = [pool_scene(name, k) for name, count in counts.items() for k in range(count)]
     tokenizer, text_encoder = tokens.load(FOLDER / "tokenizer"), load_text_encoder().to(here)
     unet: Any = networks.unet()
     unet.to(here, memory_format=torch.channels_last)
@@ -67,7 +71,7 @@ def train(
     objective_of = torch.compile(objective) if compiled else objective
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        index = torch.randint(pictures, (batch,), generator=generator)
+        index = torch.randint(len(scenes), (batch,), generator=generator)
         rng = Random(int(torch.randint(2**62, (1,), generator=generator)))
         texts = ["" if rng.random() < DROPPED else caption(rng, scenes[k]).text for k in index.tolist()]
         encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
@@ -102,13 +106,13 @@ def noise_levels(signal: Tensor) -> tuple[Tensor, Tensor]:
     return chance / chance.sum(), (1 + snr.rsqrt()) ** 2
 
 
-def latents(cache: Path, pictures: int) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations (n, 4, 16, 16), float16, of the scaled latents of the training scenes."""
-    path = cache / f"latents-{pictures}.safetensors"
+def latents(cache: Path, pictures: int, name: str = "train") -> tuple[Tensor, Tensor]:
+    """Means and standard deviations (n, 4, 16, 16), float16, of the scaled latents of a pool's scenes."""
+    path = cache / f"latents-{name}-{pictures}.safetensors"
     if path.exists():
         stored = load_file(path)
         return stored["mean"], stored["std"]
-    data, means, stds = pool(cache, "train", pictures), [], []
+    data, means, stds = pool(cache, name, pictures), [], []
     vae = load_vae().to(device(), memory_format=torch.channels_last)
     for part in tqdm(data.split(100), desc="encoding", unit="x100"):
         with torch.no_grad(), autocast():

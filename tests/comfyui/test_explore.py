@@ -304,6 +304,23 @@ def test_what_is_drawn_in_windows_has_no_places_of_others(lab: Lab) -> None:
     assert lab.sample(windowed, text, negative, count=3).isfinite().all()
 
 
+def test_clones_that_the_host_makes_in_a_sampling_share_it(lab: Lab) -> None:
+    """As it does for several GPUs."""
+    model, clip = at(lab, focused_pair(lab))
+    key, shared = lab.host.module("perfusion.hosts.comfyui.text").KEY, []
+    watched = model.clone()
+
+    def cloned(apply: Any, given: Any) -> torch.Tensor:
+        sampling = watched.get_attachment(key).sampling
+        shared.append(sampling is not None and watched.clone().get_attachment(key).sampling is sampling)
+        return apply(given["input"], given["timestep"], **given["c"])
+
+    watched.set_model_unet_function_wrapper(cloned)
+    lab.sample(watched, lab.encode(clip, BOTH), lab.encode(clip, "blurry"))
+    assert shared and all(shared)
+    assert watched.get_attachment(key).sampling is watched.clone().get_attachment(key).sampling is None
+
+
 def test_a_concept_with_a_region_does_not_compete_for_places(lab: Lab) -> None:
     stack = lab.host.module("perfusion.stack")
     half = torch.zeros(8, 8)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,22 +33,31 @@ Rows = Sequence[Sequence[Gate]]
 _OPTIONS_PLACE = 5  # of transformer_options among the arguments of the host's apply_model
 
 
+@dataclass
+class _Sampling:
+    """One run of a sampler: the height and width of what is sampled, how many ``pictures`` of it, and what the last
+    call of the network ``said`` of the places of words, by the id of the prompt.
+    """
+
+    size: tuple[int, int]
+    pictures: int
+    said: dict[Any, Tensor] = field(default_factory=dict)
+
+
 class Applied:
     """What is applied to one patcher, as its attachment; a clone of the patcher gets a copy of its own.
 
     ``rows``: gates of each concept for each row of a batch, see ``ConceptStack.edit``. ``edit`` is what is in force:
     that of all concepts, but for the time of one call of the network that in which those are shut that are not in at
-    its level of noise. ``picture`` is the height and width of what is sampled, ``pictures`` how many of them, and
-    ``said`` what the last call of the network in this sampling said of the places of words, by the id of the prompt.
+    its level of noise. ``sampling`` is the one that goes on, if any: clones that the host makes in it, for other GPUs,
+    share it.
     """
 
     def __init__(self, stack: ConceptStack, rows: Rows | None = None):
         self.stack = stack
         self.rows = rows
         self.told_of_fallback = self.told_of_regions = self.told_of_scope = self.told_of_blocks = False
-        self.picture: tuple[int, int] | None = None
-        self.pictures = 0
-        self.said: dict[Any, Tensor] = {}
+        self.sampling: _Sampling | None = None
         self.edit: KeyValueEdit | None = stack.edit(rows) if len(stack) else None
         self.scheduled = not all(use.always for use in stack.uses)
         self.has_regions = any(use.region is not None for use in stack.uses)
@@ -56,7 +65,9 @@ class Applied:
 
     def on_model_patcher_clone(self) -> Applied:
         """Called by the host when it clones a patcher."""
-        return Applied(self.stack, self.rows)
+        clone = Applied(self.stack, self.rows)
+        clone.sampling = self.sampling
+        return clone
 
     def edit_of(self, chosen: tuple[bool, ...]) -> KeyValueEdit | None:
         """The edit of some of the concepts, None for none of them. The others change nothing, but their words stay
@@ -181,33 +192,34 @@ def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
         regions = [use.region for use in owner.stack.uses] if owner.has_regions and _is_whole(owner, args[0]) else []
         if not regions and not owner.edit.focuses:
             return _told(owner, shift, words, executor, args, kwargs)
-        rows = _prompts_of(owner, args, kwargs)
-        places = Places(_said_before(owner, rows))
+        sampling = owner.sampling
+        rows = [] if sampling is None else _prompts_of(sampling, args, kwargs)
+        places = Places(None if sampling is None else _said_before(sampling, rows))
         steer = partial(steered, edit=owner.edit, regions=regions, places=places)
         args, kwargs = _with_options(args, kwargs, partial(_told_of_blocks, owner, steer))
         made = _told(owner, shift, words, executor, args, kwargs)
         said = places.said
         # Whoever enlarges the batch on its way to the layers has rows of its own.
-        if rows and said is not None and len(said) == len(rows) * owner.pictures:
-            owner.said |= dict(zip(rows, said.split(owner.pictures), strict=True))
+        if sampling is not None and rows and said is not None and len(said) == len(rows) * sampling.pictures:
+            sampling.said |= dict(zip(rows, said.split(sampling.pictures), strict=True))
         return made
     finally:
         owner.edit = everything
 
 
-def _prompts_of(owner: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _prompts_of(sampling: _Sampling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The ids of the prompts in one call of the network, each for all pictures; none for a part of a picture, for some
     of them, or where the host does not tell.
     """
     options = _options_of(args, kwargs)
     ids = list(options.get("uuids") or [])
-    whole = owner.picture == tuple(args[0].shape[-2:]) and len(args[0]) == len(ids) * owner.pictures
+    whole = sampling.size == tuple(args[0].shape[-2:]) and len(args[0]) == len(ids) * sampling.pictures
     return ids if whole and options.get("context_window") is None else []
 
 
-def _said_before(owner: Applied, rows: Sequence[Any]) -> Tensor | None:
+def _said_before(sampling: _Sampling, rows: Sequence[Any]) -> Tensor | None:
     """What the last call said of the places of words in these prompts, where it did of all."""
-    found = [owner.said.get(row) for row in rows]
+    found = [sampling.said.get(row) for row in rows]
     known = [said for said in found if said is not None]
     alike = len({said.shape for said in known}) == 1
     return torch.cat(known) if alike and len(known) == len(found) else None
@@ -228,7 +240,7 @@ def _told_of_blocks(
 
 def _is_whole(owner: Applied, latent: Tensor) -> bool:
     """Whether a call of the network is for the whole picture, whose places regions are of; tells once if not."""
-    if owner.picture is None or owner.picture == tuple(latent.shape[-2:]):
+    if owner.sampling is None or owner.sampling.size == tuple(latent.shape[-2:]):
         return True
     if not owner.told_of_regions:
         owner.told_of_regions = True
@@ -317,13 +329,12 @@ def _before_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     owner = executor.class_obj.model_patcher.get_attachment(KEY)
     if owner is None:
         return executor(*args, **kwargs)
-    owner.picture, owner.pictures = tuple(args[0].shape[-2:]), len(args[0])
-    owner.said.clear()
     _warn_of_shut_gates(owner, getattr(executor.class_obj, "conds", {}))
+    before, owner.sampling = owner.sampling, _Sampling(tuple(args[0].shape[-2:]), len(args[0]))
     try:
         return executor(*args, **kwargs)
     finally:
-        owner.said.clear()
+        owner.sampling = before
 
 
 _WRAPPERS = {WrappersMP.APPLY_MODEL: _around_network, WrappersMP.OUTER_SAMPLE: _before_sampling}
