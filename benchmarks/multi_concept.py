@@ -4,9 +4,9 @@
                                        [--pictures 48] [--folder DIR]
 
 Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
-with adjectives and second things around them. "own": share of words that open their own concept's gate by half,
-"cross": share of (word, other concept) pairs in which the word opens the other's, "right": share of words whose own
-gate is the widest of all, "others": share of ordinary words that open any. "paper" reads each gate by itself,
+with adjectives, weights and second things around them. "own": share of words that open their own concept's gate by
+half, "cross": share of (word, other concept) pairs in which the word opens the other's, "right": share of words whose
+own gate is the widest of all, "others": share of ordinary words that open any. "paper" reads each gate by itself,
 "competing" lets concepts compete by what is in the encodings, and "told" is what ComfyUI's text encoder tells besides:
 whose word each token is. "pictures" is what comes of it, by the judge: see ``benchmarks.multi_pictures``. Concepts are
 kept in ``--folder``, and not learned again.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ from perfusion.training.config import TrainingConfig
 
 from .host import say
 from .multi_judging import Thing, photos_of
-from .multi_pictures import Pictures
+from .multi_pictures import Pictures, weighted
 from .quality import contact_sheet, learn
 
 OPEN = 0.5
@@ -118,6 +119,7 @@ def measured(
         found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ("paper", "competing", "told")}
         for kinds, (_, stack) in zip(sets, stacks, strict=True):
             texts = prompts(stack.placeholders, options.prompts, Random(f"{name} {kinds}"))
+            texts = weighted(texts, stack.placeholders)
             read_gates(host, stack, texts, found)
         figures[name] = {
             way: {key: round(sum(values) / len(values), 4) for key, values in of_way.items()}
@@ -133,7 +135,7 @@ def read_gates(
 ) -> None:
     """Add the readings of prompts to those of each way."""
     with torch.no_grad():
-        context = host.text.encode_stack(texts, stack)[0]
+        context = host.text.encode_stack(texts, stack, weighted=True)[0]
     where = word_places(host, texts, stack)
     for way, of_way in found.items():
         edit = stack.edit(competing=way != "paper")
@@ -183,11 +185,12 @@ def prompts(words: Sequence[str], count: int, rng: Random) -> list[str]:
 
 def word_places(host: DiffusersHost, texts: Sequence[str], stack: ConceptStack) -> Tensor:
     """Whose word each token is: (b, m), -1 for nobody's, -2 for start, end and padding."""
-    words = host.text.words(texts, stack)
+    words = host.text.words(texts, stack, weighted=True)
     where = torch.full(words.shape, -1)
     for j, placeholder in enumerate(stack.placeholders):
         where[words == word_number(placeholder)] = j
     # Any word of one token leaves the ends where they are.
+    texts = [re.sub(r"\(([^()]*):[\d.]+\)", r"\1", text) for text in texts]
     for placeholder in stack.placeholders:
         texts = [text.replace(placeholder, "cat") for text in texts]
     padding = host.encode(texts).padding

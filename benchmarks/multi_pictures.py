@@ -1,8 +1,8 @@
 """The picture half of ``benchmarks.multi_concept``: is every concept of a prompt in the picture, and itself?
 
-Each set of concepts is drawn together from prompts of varied wording and order, with adjectives; and with the same
-prompts and seeds by the base model with plain super-categories, and with each concept alone among plain words. Looks
-show in photos: prompts ask for no other style. They carry no prompt weights: the diffusers host knows none.
+Each set of concepts is drawn together from prompts of varied wording and order, with adjectives and now and then a
+prompt weight; and with the same prompts and seeds by the base model with plain super-categories, and with each concept
+alone among plain words. Looks show in photos: prompts ask for no other style.
 
 ``benchmarks.multi_judging`` reads the pictures; how far it is to be believed is measured by renders.
 """
@@ -38,6 +38,7 @@ PROPERTIES = ("color", "pattern", "second", "mark", "mark_color")
 # For more things than a caption of the little world names; adjectives that leave looks alone.
 LISTS = ("a photo of {}", "{} on the beach", "{} in the snow", "there are {} at night", "a photo: {}")
 ADJECTIVES = ("a", "a", "a small", "the", "my", "a nice", "a happy little")
+WEIGHTS, WEIGHTED_EVERY = (0.8, 1.2, 1.4), 4
 
 
 def templates(things: int, count: int, rng: Random) -> list[str]:
@@ -50,6 +51,16 @@ def templates(things: int, count: int, rng: Random) -> list[str]:
             continue
         named = [f"{rng.choice(ADJECTIVES)} {place}" for place in places]
         found.append(rng.choice(LISTS).format(f"{', '.join(named[:-1])} and {named[-1]}"))
+    return found
+
+
+def weighted(texts: Sequence[str], things: Sequence[str]) -> list[str]:
+    """Prompts, in every fourth of which one of the things, by its word or ``{k}``, has a weight: ``({0}:1.2)``."""
+    found = list(texts)
+    for number in range(WEIGHTED_EVERY - 1, len(found), WEIGHTED_EVERY):
+        rng = Random(f"weight {found[number]}")
+        thing = rng.choice(list(things))
+        found[number] = found[number].replace(thing, f"({thing}:{rng.choice(WEIGHTS)})")
     return found
 
 
@@ -103,15 +114,19 @@ class Pictures:
         """The figures of an arrangement: see ``figures``."""
         found: dict[str, list[Reading]] = defaultdict(list)
         order: list[Tensor] = []
+        weights: list[Tensor] = []
         for things, stack in tqdm(sets, desc=f"{name}: pictures"):
             eyes = Eyes(self.metrics, [kind for kind, _ in things], list(map(look_of, things)))
-            texts = templates(len(things), self.count, rng := Random(f"pictures {name} {things}"))
+            plain = templates(len(things), self.count, rng := Random(f"pictures {name} {things}"))
+            texts = weighted(plain, [f"{{{k}}}" for k in range(len(things))])
             order.append(order_in(texts, len(things)))
+            weights.append(torch.tensor([text != other for text, other in zip(texts, plain, strict=True)]))
             for way, reading in self._drawn(eyes, things, stack, texts, rng).items():
                 found[way].append(reading)
             for way, reading in rendered_readings(eyes, things, Random(f"renders {name} {things}")).items():
                 found[way].append(reading)
-        return figures({way: joined(readings) for way, readings in found.items()}, torch.cat(order))
+        all_found = {way: joined(readings) for way, readings in found.items()}
+        return figures(all_found, torch.cat(order), torch.cat(weights))
 
     def _drawn(
         self, eyes: Eyes, things: Sequence[Thing], stack: ConceptStack, texts: Sequence[str], rng: Random
@@ -137,7 +152,9 @@ class Pictures:
             torch.stack([alone[k].nearest[:, k] for k in columns], 1),
         )
         names = [world.KNOWN[kind][number] for kind, number in things]
-        nameless = [re.sub(r"\ba (?={)", "", text) for text in texts]  # names go without this article, as in captions
+        nameless = [
+            re.sub(r"\ba (?=\(?{)", "", text) for text in texts
+        ]  # names go without this article, as in captions
         known = draw(self.host, ConceptStack(), [text.format(*names) for text in nameless], seeds, **SAMPLER)
         of_known = Eyes(self.metrics, eyes.kinds, list(map(world.known_look, names)))
         return {
@@ -162,7 +179,7 @@ def rendered_readings(eyes: Eyes, things: Sequence[Thing], rng: Random) -> dict[
     return {way: eyes.read(rendered(shown)) for way, shown in scenes.items()}
 
 
-def figures(found: dict[str, Reading], order: Tensor) -> dict[str, Any]:
+def figures(found: dict[str, Reading], order: Tensor, weights: Tensor) -> dict[str, Any]:
     """Shares of pictures ("present", "base_present", "success") and of concepts (all others), each with its error.
 
     "present" and "base_present": a thing for every concept, drawn with concepts and with plain super-categories.
@@ -172,7 +189,8 @@ def figures(found: dict[str, Reading], order: Tensor) -> dict[str, Any]:
     model itself can put into such pictures. "success_over_base", "success_over_known" and "own_over_single": what is
     left of the base model's, the known things' and the single concept's share; None where there is hardly any.
     "own_as", "single_own_as" and "known_own_as": own by whether it is named first, second and so on, by ``order``
-    (b, J). "renders": how much is called a success of scenes that are one ("right") and that are none (all others);
+    (b, J). "success_weighted" and "base_present_weighted": of prompts in which something has a weight, ``weights``
+    (b,). "renders": how much is called a success of scenes that are one ("right") and that are none (all others);
     "own" and "present" of the former.
     """
     stack, base, single, known = found["stack"], found["base"], found["single"], found["known"]
@@ -209,6 +227,8 @@ def figures(found: dict[str, Reading], order: Tensor) -> dict[str, Any]:
         "own_as": by_place(stack),
         "single_own_as": by_place(single),
         "known_own_as": by_place(known),
+        "success_weighted": share_of(stack.success[weights]),
+        "base_present_weighted": share_of(base.all_present[weights]),
         "errors": {
             **{name: standard_error(share) for name, share in shares.items()},
             **{name: error for name, (_, error) in of_ratios.items()},
@@ -223,6 +243,11 @@ def figures(found: dict[str, Reading], order: Tensor) -> dict[str, Any]:
             },
         },
     }
+
+
+def share_of(hits: Tensor) -> float | None:
+    """How many of some (b,) there are; None of none."""
+    return round(float(hits.float().mean()), 4) if len(hits) else None
 
 
 def standard_error(share: Tensor) -> float | None:

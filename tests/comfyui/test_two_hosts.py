@@ -140,11 +140,11 @@ def test_network(hosts: TwoHosts, edited: bool, focus: float) -> None:
 def test_latents(hosts: TwoHosts, lock: str, focus: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock KSampler with Apply Concepts, and ``draw``: two concepts, guided, from the same seed."""
     lab, stack = hosts.lab, hosts.stack(lock, focus=focus)
-    prompt = f"a {CAT} and a {TEDDY} on the beach"
+    prompt = f"a ({CAT}:1.3) and a {TEDDY} on the (sandy beach:.8)"
     model, clip = lab.apply(lab.model, lab.clip, *stack.concepts, lock=lock)
     positive, negative = lab.encode(clip, prompt), lab.encode(clip, "blurry")
     with torch.no_grad():
-        context, shift = hosts.package.encode_prompts(hosts.diffusers, [prompt], stack)
+        context, shift = hosts.diffusers.text.encode_stack([prompt], stack, weighted=True)
     assert torch.allclose(positive[0][0], context, atol=1e-5)
     if lock == "global":
         assert shift.any()

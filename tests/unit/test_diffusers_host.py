@@ -923,6 +923,26 @@ def test_a_focus_counts_for_the_text_beside_pictures() -> None:
 BOTH = f"a photo of a {TEDDY} and a {CAT}"
 
 
+def test_parts_of_a_prompt_have_weights_where_they_are_asked_for(host: DiffusersHost) -> None:
+    stack = two_concepts(host)
+    weighed, plain = f"a ({TEDDY}:1.5) and (a {CAT} in a hat:.5), (x)", f"a {TEDDY} and a {CAT} in a hat, (x)"
+
+    def encoded(prompt: str, **settings: Any) -> Tensor:
+        with torch.no_grad():
+            return host.text.encode_stack([prompt], stack, **settings)[0][0]
+
+    context, expected, empty = encoded(weighed, weighted=True), encoded(plain), encoded("")
+    assert torch.equal(encoded(plain, weighted=True), expected), "what stands in parentheses alone is text"
+    words = host.text.words([weighed], stack, weighted=True)
+    assert torch.equal(words, host.text.words([plain], stack))
+    ratios = ((context - empty) * (expected - empty)).sum(-1) / (expected - empty).square().sum(-1).clamp_min(1e-12)
+    found = [round(float(ratio), 3) for ratio in ratios]
+    assert {1.5, 0.5, 1.0} == set(found[1:20])
+    of_word = {number: {found[m] for m in range(len(found)) if words[0, m] == number} for number in words[0].tolist()}
+    assert [of_word[word_number(word)] for word in (TEDDY, CAT)] == [{1.5}, {0.5}]
+    assert not torch.equal(encoded(weighed), context), "pipelines know no weights"
+
+
 def focused_pair(host: DiffusersHost) -> ConceptStack:
     return stack_of(*(replace(concept, focus=30.0) for concept in two_concepts(host).concepts))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from random import Random
 
 import pytest
@@ -11,7 +12,17 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from benchmarks.multi_judging import Reading, halves, joined, look_of, windows
-from benchmarks.multi_pictures import MISTAKES, figures, mistaken, order_in, ratio, scene_with, scene_without, templates
+from benchmarks.multi_pictures import (
+    MISTAKES,
+    figures,
+    mistaken,
+    order_in,
+    ratio,
+    scene_with,
+    scene_without,
+    templates,
+    weighted,
+)
 
 KINDS = ("cat", "car", "cup")
 
@@ -80,6 +91,15 @@ def test_prompts_name_every_thing_once_in_any_order(things: int) -> None:
     assert not any("sketch" in text or "watercolor" in text for text in texts)
 
 
+def test_every_fourth_prompt_gives_one_thing_a_weight() -> None:
+    texts = templates(2, 12, Random("texts"))
+    found = weighted(texts, ["{0}", "{1}"])
+    changed = [number for number, (text, other) in enumerate(zip(found, texts, strict=True)) if text != other]
+    assert changed == [3, 7, 11]
+    assert all(re.search(r"\({[01]}:(0.8|1.2|1.4)\)", found[number]) for number in changed)
+    assert found == weighted(texts, ["{0}", "{1}"])
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_scenes_show_all_things_with_their_looks_or_all_but_one(count: int) -> None:
     looks = [look_of((kind, 0)) for kind in KINDS[:count]]
@@ -111,12 +131,14 @@ def test_figures_of_one_perfect_arrangement() -> None:
     ways = {"stack": perfect, "base": plain, "single": perfect, "known": plain, "right": perfect, "same": plain}
     order = order_in(["a {1} and a {0}", "{0}, {1}", "{0}, {1}"], 2)
     assert order.tolist() == [[1, 0], [0, 1], [0, 1]]
-    found = figures(ways, order)
+    weights = torch.tensor([False, False, True])
+    found = figures(ways, order, weights)
+    assert found["success_weighted"] == 1.0 and found["base_present_weighted"] == 0.0
     assert found["own_as"] == [1.0, 1.0]
     assert found["known_own"] == pytest.approx(1 / 6, abs=1e-4) and found["known_success"] == 0.0
     assert found["success_over_known"] is None
     first_alone = reading([[1, 1]] * 3, [[5, 1], [0, 5], [0, 5]])
-    assert figures({**ways, "stack": first_alone}, order)["own_as"] == [1.0, 0.0]
+    assert figures({**ways, "stack": first_alone}, order, weights)["own_as"] == [1.0, 0.0]
     assert found["success"] == found["own"] == found["own_over_single"] == 1.0
     assert found["base_present"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["success_over_base"] == 1.5

@@ -28,9 +28,9 @@ def draw(
 ) -> Tensor:
     """One picture for each prompt and its seed: (b, height, width, 3) in 0..1, on the CPU.
 
-    DDIM without noise of its own, which is Euler's method here, with classifier-free guidance. Each picture's noise is
-    drawn on the CPU from its own seed. ``size`` is in pixels, one side or (height, width); ``batch`` pictures are
-    computed at once.
+    In prompts, ``(text:1.2)`` says how much a part counts, as in ComfyUI. DDIM without noise of its own, which is
+    Euler's method here, with classifier-free guidance. Each picture's noise is drawn on the CPU from its own seed.
+    ``size`` is in pixels, one side or (height, width); ``batch`` pictures are computed at once.
 
     Raises ValueError for unequal numbers of prompts and seeds or a size that is no multiple of the latent scale,
     StackError for a concept of another family, ParallelConceptsError for concepts that cannot be told apart.
@@ -58,11 +58,11 @@ def draw(
 
 def _encode(host: DiffusersHost, stack: ConceptStack, prompts: list[str], edit: KeyValueEdit | None) -> Encodings:
     """The prompts' encodings, where the network computes; the edit is told their shift and whose word each token is."""
-    context, shift = host.text.encode_stack(prompts, stack)
+    context, shift = host.text.encode_stack(prompts, stack, weighted=True)
     # The very tensor that every step hands over: what follows from it is computed once.
     context = context.to(host.device, host.unet.dtype)
     if edit is not None:
         edit.key_lock.shift = None if shift is None else shift.to(context)
-        edit.words = host.text.words(prompts, stack)
+        edit.words = host.text.words(prompts, stack, weighted=True)
     nothing = torch.zeros(context.shape[:2], dtype=torch.bool)
     return Encodings(context, nothing, nothing)

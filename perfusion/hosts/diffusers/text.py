@@ -23,12 +23,13 @@ from .structure import encoder_name, family_of, require_fit
 
 class Token(NamedTuple):
     """A token id; or, with ``row`` from 0 on, the place of an embedding row. ``word`` and ``place`` say which
-    placeholder it stands for, and where in it."""
+    placeholder it stands for, and where in it; ``weight`` how much it counts in its prompt."""
 
     id: int
     word: str = ""
     place: int = 0
     row: int = -1
+    weight: float = 1.0
 
 
 class ClipText:
@@ -57,17 +58,19 @@ class ClipText:
         settings = {"add_special_tokens": False, "truncation": True, "max_length": self.length}
         return list(self._tokenizer(text, **settings)["input_ids"])
 
-    def tokens(self, prompt: str, words: Mapping[str, Sequence[Token]]) -> list[Token]:
+    def tokens(self, prompt: str, words: Mapping[str, Sequence[Token]], *, weighted: bool = False) -> list[Token]:
         """The tokens of a prompt as the encoder takes them: start, the first that fit, end and padding: ``length``.
 
-        ``words`` maps placeholders, in lower case, to what stands in their place.
+        ``words`` maps placeholders, in lower case, to what stands in their place. ``weighted``: ``(text:1.2)`` says how
+        much a part of the prompt counts, as in ComfyUI.
         """
         tokens: list[Token] = []
-        for piece in _split(prompt, words):
-            if piece.lower() in words:
-                tokens += words[piece.lower()]
-            elif piece.strip():
-                tokens += [Token(id_) for id_ in self.ids(piece)]
+        for part, weight in _weighted(prompt) if weighted else [(prompt, 1.0)]:
+            for piece in _split(part, words):
+                if piece.lower() in words:
+                    tokens += [token._replace(weight=weight) for token in words[piece.lower()]]
+                elif piece.strip():
+                    tokens += [Token(id_, weight=weight) for id_ in self.ids(piece)]
         tokens = [Token(self._start), *tokens[: self.length - 2], Token(self._end)]
         return tokens + [Token(self._padding)] * (self.length - len(tokens))
 
@@ -124,15 +127,16 @@ class ClipText:
         )
 
     def encode_stack(
-        self, prompts: Sequence[str], stack: ConceptStack, clip_skip: int | None = None
+        self, prompts: Sequence[str], stack: ConceptStack, clip_skip: int | None = None, *, weighted: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Prompts with the words of these concepts, each heard as its scope says: ``context`` (b, m, d), and the shift
         of global key locking.
 
         The shift (b, m, d) is the encoding with super-categories in place minus the encoding: zero for prompts without
-        such words, None where no concept's keys are locked globally.
+        such words, None where no concept's keys are locked globally. ``weighted``: see ``tokens``; what a token's
+        encoding differs by from that of an empty prompt is multiplied by its weight, as ComfyUI does.
         """
-        tokens = self._stack_tokens(prompts, stack)
+        tokens = self._stack_tokens(prompts, stack, weighted=weighted)
         rows = [concept.embeddings[self.name] for concept in stack.concepts]
         stacked = torch.cat(rows) if rows else None
         super_categories = {c.placeholder: [Token(id_) for id_ in self.ids(c.super_category)] for c in stack.concepts}
@@ -142,21 +146,32 @@ class ClipText:
         def encoded(replaced_words: frozenset[str]) -> tuple[Tensor, Tensor]:
             replacements = {word: super_categories[word] for word in replaced_words}
             twins, index = zip(*(_twin(prompt, replacements, self.length) for prompt in tokens), strict=True)
-            return self.encode(twins, stacked, clip_skip), torch.tensor(index)
+            return self._weighed(twins, stacked, clip_skip), torch.tensor(index)
 
-        plain = self.encode(tokens, stacked, clip_skip)
+        plain = self._weighed(tokens, stacked, clip_skip)
         context = heard(plain, owners, stack.replaced, encoded)
         if not stack.locks_globally:
             return context, None
         return context, heard(plain, owners, partial(stack.replaced, keys=True), encoded) - context
 
-    def words(self, prompts: Sequence[str], stack: ConceptStack) -> Tensor:
+    def _weighed(self, prompts: Sequence[Sequence[Token]], rows: Tensor | None, clip_skip: int | None) -> Tensor:
+        """Encodings (b, m, d) in which each token counts as much as its weight says."""
+        context = self.encode(prompts, rows, clip_skip)
+        weights = torch.tensor([[token.weight for token in tokens] for tokens in prompts]).unsqueeze(-1).to(context)
+        if bool((weights == 1).all()):
+            return context
+        empty = self.encode([self.tokens("", {})], None, clip_skip)
+        return torch.where(weights == 1, context, empty + weights * (context - empty))
+
+    def words(self, prompts: Sequence[str], stack: ConceptStack, *, weighted: bool = False) -> Tensor:
         """Whose word each token of prompts is, by its number, 0 for nobody's: (b, m); see ``KeyValueEdit``."""
         numbers = {placeholder: word_number(placeholder) for placeholder in stack.placeholders}
-        tokens = self._stack_tokens(prompts, stack)
+        tokens = self._stack_tokens(prompts, stack, weighted=weighted)
         return torch.tensor([[numbers.get(token.word, 0) for token in prompt] for prompt in tokens])
 
-    def _stack_tokens(self, prompts: Sequence[str], stack: ConceptStack) -> list[list[Token]]:
+    def _stack_tokens(
+        self, prompts: Sequence[str], stack: ConceptStack, *, weighted: bool = False
+    ) -> list[list[Token]]:
         """The tokens of prompts, with rows of embeddings where words of the concepts stand."""
         words: dict[str, list[Token]] = {}
         first = 0
@@ -164,7 +179,7 @@ class ClipText:
             count = len(concept.embeddings[self.name])
             words[concept.placeholder] = self._row_tokens(concept.placeholder, count, first)
             first += count
-        return [self.tokens(prompt, words) for prompt in prompts]
+        return [self.tokens(prompt, words, weighted=weighted) for prompt in prompts]
 
     def _row_tokens(self, placeholder: str, count: int, first: int) -> list[Token]:
         # The id beneath a row is looked up too: any that the table has.
@@ -199,6 +214,15 @@ def contains_word(prompts: Sequence[str], stack: ConceptStack) -> bool:
     return any(word in prompt.lower() for prompt in prompts for word in stack.placeholders)
 
 
+def _weighted(prompt: str) -> list[tuple[str, float]]:
+    """A prompt in parts with their weights: ``(text:1.2)`` has the weight that it says, all else has 1."""
+    parts = re.split(r"\(([^()]*):\s*(\d*\.?\d+)\s*\)", prompt)
+    weights = [1.0, *map(float, parts[2::3])]
+    plain, named = parts[0::3], ["", *parts[1::3]]
+    pairs = zip(named, weights, plain, strict=True)
+    return [part for text, weight, behind in pairs for part in ((text, weight), (behind, 1.0)) if part[0]]
+
+
 def _split(prompt: str, words: Mapping[str, Any]) -> list[str]:
     """A prompt in pieces, each a placeholder or what stands between."""
     if not words:
@@ -215,6 +239,6 @@ def _twin(
     def replacement(token: Token) -> list[Token] | None:
         if token.word not in replacements:
             return None
-        return [] if token.place else replacements[token.word]
+        return [] if token.place else [each._replace(weight=token.weight) for each in replacements[token.word]]
 
     return twin(prompt, [replacement(token) for token in prompt], limit)
