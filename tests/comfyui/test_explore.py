@@ -227,7 +227,8 @@ def test_a_focus_looks_more_at_the_word_and_leaves_other_extensions_in_work(lab:
     text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
     found = lab.sample(watched, text, negative)
     given = [(places, mask) for places, mask in masks.seen if mask is not None]
-    assert {places for places, _ in given} == {64, 16} and len(given) * 2 == len(masks.seen)
+    # It is asked once whether it takes masks.
+    assert {places for places, _ in given} == {64, 16} and len(given) * 2 == len(masks.seen) - 1
     by_place = [mask.shape[1] == places for places, mask in given]
     assert not by_place[0] and by_place == sorted(by_place) and all(by_place[len(given) // 2 :]), "once they are known"
     for _, mask in given:
@@ -236,6 +237,31 @@ def test_a_focus_looks_more_at_the_word_and_leaves_other_extensions_in_work(lab:
         assert 2 < float(mask.abs().max()) <= math.log(20)
     assert torch.equal(found, lab.sample(model, text, negative))
     assert not torch.allclose(found, lab.sample(at(lab, scheduled(lab))[0], text, negative), atol=1e-2)
+
+
+def test_attention_that_leaves_masks_out_does_not_lose_a_focus(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    """As fast kernels do that other extensions put in place."""
+    caplog.set_level("INFO")
+    model, clip = at(lab, focused(lab))
+    text, negative = lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry")
+    calls = []
+
+    def fast(func: Any, q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any) -> Any:
+        calls.append(mask)
+        return func(q, k, v, heads, mask=None, **kwargs)
+
+    def careful(func: Any, *args: Any, **kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+    expected = lab.sample(model, text, negative)
+    for attention, told in ((careful, False), (fast, True)):
+        patched = model.clone()
+        patched.model_options["transformer_options"] = {"optimized_attention_override": attention}
+        caplog.clear()
+        assert torch.equal(lab.sample(patched, text, negative), expected)
+        assert caplog.text.count("leaves masks out") == told
+    assert sum(mask is not None for mask in calls) == 1, "once it is known, it is not asked again"
+    assert len(calls) > 2, "attention without masks stays its own"
 
 
 def test_a_focus_has_its_share_and_its_schedule(lab: Lab) -> None:
@@ -403,7 +429,8 @@ def test_a_region_keeps_the_word_inside_and_other_extensions_in_work(lab: Lab) -
     lab.sample(watched, text, negative)
     assert patched
     given = [(places, mask) for places, mask in masks.seen if mask is not None]
-    assert {places for places, _ in given} == {64, 16} and len(given) * 2 == len(masks.seen)
+    # It is asked once whether it takes masks.
+    assert {places for places, _ in given} == {64, 16} and len(given) * 2 == len(masks.seen) - 1
     for places, mask in given:
         side = int(places**0.5)
         mask = mask.view(2, side, side, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +16,11 @@ from ...focus import Focus, with_mask
 from ...places import Places, placed
 from ...regions import attention_bias, sizes_of
 
+logger = logging.getLogger(__name__)
+
 _WITHOUT_MASKS = {"attention_sage", "attention3_sage", "attention_flash"}
+# Attention of other extensions, and whether it takes masks.
+_asked: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def steered(
@@ -90,11 +96,42 @@ class _Layers:
             bias = self._bias(q, k)
             mask = args[0] if args else kwargs.pop("mask", None)
             if bias is not None:
-                mask, chosen = with_mask(bias.to(q), mask), _taking_masks(chosen)
+                return self._masked(chosen, q, k, v, heads, bias.to(q), mask, *args[1:], **kwargs)
             args = (mask, *args[1:])
         if self._following is not None:
             return self._following(chosen, q, k, v, heads, *args, **kwargs)
         return chosen(q, k, v, heads, *args, **kwargs)
+
+    def _masked(
+        self,
+        chosen: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        bias: Tensor,
+        mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The attention with what is added before its softmax, by whoever does it and takes masks."""
+        chosen, whole = _taking_masks(chosen), with_mask(bias, mask)
+        following = self._following
+        if following is None or not _asked.get(following, True):
+            return chosen(q, k, v, heads, whole, *args, **kwargs)
+        made = following(chosen, q, k, v, heads, whole, *args, **kwargs)
+        if following in _asked or torch.compiler.is_compiling() or not bool(bias.any()):
+            return made
+        # Fast kernels leave masks out without a word.
+        takes = not torch.equal(made, following(chosen, q, k, v, heads, mask, *args, **kwargs))
+        _asked[following] = takes
+        if takes:
+            return made
+        logger.info(
+            "Another extension's attention leaves masks out (fast kernels do): where words of concepts are looked at "
+            "more, or in regions, ComfyUI's own does the work."
+        )
+        return chosen(q, k, v, heads, whole, *args, **kwargs)
 
     def _focus_in(self, context: Tensor) -> tuple[Tensor | None, Focus | None]:
         """What is added at all places alike, (b, 1, m), and what is added by place.
