@@ -26,6 +26,7 @@ from ..perfusion.training.choice import PATIENCE
 from ..perfusion.training.companions import learned_from
 from ..perfusion.training.config import BEFORE, RATES, TrainingConfig
 from ..perfusion.training.masks import attention_masks, dimmed
+from ..perfusion.training.noise import TIMESTEPS
 from ..perfusion.training.run import MOST_PATIENCE, Outcome, Run
 from ..perfusion.training.scoring import (
     Drawing,
@@ -263,6 +264,14 @@ class PerfusionTrainConcept(io.ComfyNode):
                     max=100,
                     optional=True,
                     tooltip=tip("companions"),
+                    extra_dict=ADVANCED,
+                ),
+                io.Combo.Input(
+                    "timesteps",
+                    options=list(TIMESTEPS),
+                    default=default.timesteps,
+                    optional=True,
+                    tooltip=tip("timesteps"),
                     extra_dict=ADVANCED,
                 ),
             ],

@@ -8,13 +8,14 @@ from typing import Any, Literal, get_args
 from ..edit import FORMS, MAX_FOCUS, Form
 from ..scope import SCOPES, Scope
 from ..statistics import ESTIMATORS, Estimator
+from .noise import TIMESTEPS, Timesteps
 
 Rates = Literal["relative", "absolute"]
 RATES: tuple[Rates, ...] = get_args(Rates)
 
 
 # What settings were before there was a choice: for trainings and graphs that were saved without them.
-BEFORE: dict[str, Any] = {"scope": "prompt", "focus": 1.0, "companions": 0}
+BEFORE: dict[str, Any] = {"scope": "prompt", "focus": 1.0, "companions": 0, "timesteps": "uniform"}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -71,6 +72,11 @@ class TrainingConfig:
         "How many pictures are put together of the photos and of other things, which the model draws: the thing is "
         "then also learned as one of two. 0: from the photos alone, as in the paper.",
     )
+    timesteps: Timesteps = _setting(
+        "lognormal",
+        "At how much noise the concept is learned. lognormal: at some, mostly, where looks are decided, and errors "
+        "count as they do in the picture. uniform: at any alike, and errors count as in the noise, as in the paper.",
+    )
     contexts: int = _setting(240, "In how many varied captions the word is looked at to find it in any prompt.")
     vectors: int = _setting(1, "How many token embeddings the word has.")
     flip: bool = _setting(True, "Mirror half of the photos. Switch it off for things with writing or a left and right.")
@@ -99,6 +105,7 @@ class TrainingConfig:
         check("companions", 0 <= self.companions <= 100, "from 0 to 100")
         check("vectors", 1 <= self.vectors <= 32, "1 to 32")
         check("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
+        check("timesteps", self.timesteps in TIMESTEPS, f"one of {', '.join(TIMESTEPS)}")
         check("estimator", self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
         check("scope", self.scope in SCOPES, f"one of {', '.join(SCOPES)}")
         check("rates", self.rates in RATES, f"one of {', '.join(RATES)}")
@@ -116,7 +123,7 @@ class TrainingConfig:
     @classmethod
     def paper(cls, **changes: Any) -> TrainingConfig:
         """The paper's own setup as far as it is known: its absolute rates, i* over short templates, 400 steps, the word
-        heard by all words behind it and looked at as much as any, and photos alone.
+        heard by all words behind it and looked at as much as any, photos alone, and any noise alike.
         """
         setup = {
             "steps": 400,
@@ -127,5 +134,6 @@ class TrainingConfig:
             "scope": "prompt",
             "focus": 1.0,
             "companions": 0,
+            "timesteps": "uniform",
         }
         return cls(**{**setup, **changes})

@@ -26,6 +26,7 @@ from ..statistics import Metric, TextStatistics, WordContexts, directions, word_
 from .captions import PhotoCaptions, captions_by_photo, with_placeholder
 from .config import TrainingConfig
 from .dataset import Photos
+from .noise import NoiseLevels
 from .prompts import EncodedPrompts
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.captions = subject.captions_of(photos)
         self._text = ScopedText(host, config.scope, kept=_CAPTIONS_KEPT)
-        self._sigmas = host.noise_levels().cpu()
+        self._levels = NoiseLevels(host.noise_levels(), config.timesteps)
         self._start()
         self._optimizer = torch.optim.Adam(self._parameter_groups(), betas=(0.9, 0.999))
 
@@ -410,7 +411,7 @@ class Trainer:
     def _draw(self, count: int, generator: torch.Generator) -> _Batch:
         photo = self.photos.draw(count, generator)
         prompt = self.captions.draw(photo, generator)
-        level = torch.randint(len(self._sigmas), (count,), generator=generator)
+        level = self._levels.draw(count, generator)
         flipped = (torch.rand(count, generator=generator) < 0.5) & self.config.flip
         noise = torch.randn((count, *self.photos.shape(photo)), generator=generator)
         return _Batch(photo, flipped, prompt, level, noise)
@@ -424,16 +425,14 @@ class Trainer:
         """Mask-weighted error of the network's prediction with these encodings, mean over the batch."""
         device = self.host.device
         x0, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
-        noise, sigma = batch.noise.to(device), self._sigmas[batch.level].to(device)
+        noise, sigma = batch.noise.to(device), self._levels.sigmas[batch.level].to(device)
         spread = sigma.view(-1, 1, 1, 1)
         sizes = self.photos.sizes(batch.photo)
         if edit is not None:
             edit.tell_own(text.word)
         estimate = self.host.denoise(x0 + spread * noise, sigma, text, edit, sizes).float()
-        # eps = (x_t - x0) / sigma; in its own terms a v-prediction's error is that of eps times sqrt(1 + sigma^2)
-        error = (estimate - x0) / spread
-        if self.host.prediction == "v":
-            error = error * (1 + spread**2).sqrt()
+        # eps = (x_t - x0) / sigma
+        error = (estimate - x0) / spread * self._levels.factor(spread, self.host.prediction)
         return reduce(weights * error**2, "b c h w -> ", "mean")
 
 

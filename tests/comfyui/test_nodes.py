@@ -313,11 +313,13 @@ def test_train_save_load_apply_sample(comfy_host: ComfyHost, lab: Lab, photo_nod
 def test_graphs_older_than_an_input_do_what_they_did(comfy_host: ComfyHost, photo_node: None) -> None:
     prompt = training(comfy_host)
     new = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
-    assert (new.scope, new.focus, new.training["companions"]) == ("word", 20, 1)
-    for name in ("scope", "focus", "companions"):
+    now = new.scope, new.focus, new.training["companions"], new.training["timesteps"]
+    assert now == ("word", 20, 1, "lognormal")
+    for name in ("scope", "focus", "companions", "timesteps"):
         del prompt["train"]["inputs"][name]
     old = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
-    assert (old.scope, old.focus, old.training["companions"]) == ("prompt", 1, 0)
+    then = old.scope, old.focus, old.training["companions"], old.training["timesteps"]
+    assert then == ("prompt", 1, 0, "uniform")
     assert "focus" not in "".join(old.metadata)
 
 

@@ -144,6 +144,7 @@ OTHER: dict[str, Any] = {
     "scope": "prompt",
     "focus": 2.0,
     "companions": 3,
+    "timesteps": "uniform",
     "contexts": 17,
     "vectors": 2,
     "flip": False,

@@ -188,7 +188,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_loss_is_that_of_the_networks_own_target(prediction: Literal["eps", "v"]) -> None:
     """v = alpha noise - sigma' x0 at unit variance (Salimans and Ho 2022), weighted by the mask."""
     host = FakeHost(prediction)
-    trainer = a_trainer(host=host, seed=5, **STILL)
+    trainer = a_trainer(host=host, seed=5, timesteps="uniform", **STILL)
     batch = trainer._draw(4, torch.Generator().manual_seed(5))
     x0, weights = photos().pick(batch.photo, batch.flipped)
     sigma = host.noise_levels()[batch.level].view(-1, 1, 1, 1)
@@ -202,7 +202,7 @@ def test_loss_is_that_of_the_networks_own_target(prediction: Literal["eps", "v"]
 
 
 def test_draws_cover_photos_captions_and_noise_levels() -> None:
-    trainer = a_trainer()
+    trainer = a_trainer(timesteps="uniform")
     batch = trainer._draw(256, trainer.generator)
     assert set(batch.photo.tolist()) == {0, 1, 2}
     assert set(batch.prompt.tolist()) == set(range(len(BEAR.prompts())))
