@@ -299,7 +299,8 @@ def table(figures: dict[str, Any]) -> str:
 
 def _digest(options: argparse.Namespace) -> str:
     """Of all that decides what comes of a thing, besides the code."""
-    content = sha256(json.dumps([options.steps, options.every, options.prompts, "companions"]).encode())
+    settings = asdict(TrainingConfig(steps=options.steps))
+    content = sha256(json.dumps([options.every, options.prompts, settings]).encode())
     for part in PARTS:
         for _, tensor in sorted(read(part, options.weights).items()):
             content.update(tensor.numpy().tobytes())

@@ -1,7 +1,7 @@
 """Do several concepts answer their own words, and not each other's, and are all in the picture, each as itself?
 
-    python -m benchmarks.multi_concept [--json] [--steps 250] [--scope word] [--focus F] [--companions N] [--prompts 60]
-                                       [--pictures 48] [--folder DIR]
+    python -m benchmarks.multi_concept [--json] [--steps 250] [--scope word] [--focus F] [--companions N]
+                                       [--timesteps lognormal] [--prompts 60] [--pictures 48] [--folder DIR]
 
 Personal things are learned on the miniature, one by one, and named together in prompts of varied wording and order,
 with adjectives, weights and second things around them. "own": share of words that open their own concept's gate by
@@ -39,6 +39,7 @@ from perfusion.scope import SCOPES
 from perfusion.stack import ConceptStack, ConceptUse, word_number
 from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
+from perfusion.training.noise import TIMESTEPS
 
 from .host import say
 from .multi_judging import Thing, photos_of
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
     parser.add_argument("--focus", type=float, default=TrainingConfig.focus)
     parser.add_argument("--companions", type=int, default=TrainingConfig.companions)
+    parser.add_argument("--timesteps", choices=TIMESTEPS, default=TrainingConfig.timesteps)
     parser.add_argument("--arrangement", choices=ARRANGEMENTS, help="this one alone")
     parser.add_argument("--sheet", type=Path, help="where a sheet of photos and what was drawn goes, as .png")
     parser.add_argument("--folder", type=Path, help="where learned concepts are kept, and looked for")
@@ -106,6 +108,7 @@ def measured(
         scope=options.scope,
         focus=options.focus,
         companions=options.companions,
+        timesteps=options.timesteps,
         micro_batch=0,
         resolution=world.SIZE,
     )
@@ -156,7 +159,8 @@ def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, config: 
     statistics, concepts = None, {}
     for kind, number in tqdm(things, desc="concepts"):
         name = f"{kind.replace(' ', '-')}-{number}"
-        path = folder / f"{name}-{config.steps}-{config.scope}-{config.focus:g}-{config.companions}.safetensors"
+        settings = f"{config.steps}-{config.scope}-{config.focus:g}-{config.companions}-{config.timesteps}"
+        path = folder / f"{name}-{settings}.safetensors"
         if not path.exists():
             statistics = statistics or measure(host, host.captions or ())
             concept = learn(host, kind, photos_of((kind, number)), statistics, config, f"<my-{name}>")

@@ -40,6 +40,7 @@ from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import ESTIMATORS, TextStatistics, measure
 from perfusion.training.companions import learned_from
 from perfusion.training.config import TrainingConfig
+from perfusion.training.noise import TIMESTEPS
 from perfusion.training.trainer import Subject, train
 
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 5.0, "size": world.SIZE, "batch": 50}
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
     parser.add_argument("--focus", type=float, default=TrainingConfig.focus)
     parser.add_argument("--companions", type=int, default=TrainingConfig.companions)
+    parser.add_argument("--timesteps", choices=TIMESTEPS, default=TrainingConfig.timesteps)
     parser.add_argument("--value-rate", type=float, default=TrainingConfig.value_rate)
     parser.add_argument("--embedding-rate", type=float, default=TrainingConfig.embedding_rate)
     parser.add_argument("--bias", type=float, default=Gate.bias)
@@ -99,6 +101,7 @@ def main() -> None:
             scope=options.scope,
             focus=options.focus,
             companions=options.companions,
+            timesteps=options.timesteps,
             value_rate=options.value_rate,
             embedding_rate=options.embedding_rate,
         )
