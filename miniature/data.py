@@ -14,33 +14,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .shapes import CATEGORIES
-from .world import SIZE, Scene, instance, look_alike, render, scene, thing
+from .world import SIZE, Scene, instance, look_alike, render, scene
 
 _CHUNK = 500
 
 
 VIEWS = 4  # pictures of each personal thing in the pool of them
 ALIKE = 4  # personal things that look alike, one after the other
-OF_ONE_KIND = 0.25  # share of pairs
 
 
 def pool_scene(seed: str, index: int) -> Scene:
-    """Scene ``index`` of a pool: "personal" shows personal things, ``VIEWS`` times each, "pairs" two things each, the
-    others show anything.
-    """
-    rng = Random(f"{seed} {index}")
+    """Scene ``index`` of a pool: "personal" shows personal things, ``VIEWS`` times each, the others show anything."""
     if seed == "personal":
-        return personal_scene(index // VIEWS, rng)
-    return pair(rng) if seed == "pairs" else scene(rng)
-
-
-def pair(rng: Random) -> Scene:
-    """Two things, now and then of one category."""
-    seen = scene(rng, things=2)
-    if rng.random() < OF_ONE_KIND:
-        first, second = seen.things
-        seen = replace(seen, things=(first, thing(rng, first.category, 1, 2)))
-    return seen
+        return personal_scene(index // VIEWS, Random(f"{seed} {index}"))
+    return scene(Random(f"{seed} {index}"))
 
 
 def personal_category(number: int) -> str:

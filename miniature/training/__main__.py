@@ -18,7 +18,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--pairs", type=int, default=60_000, help="further pictures for the unet, of two things each")
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
     parser.add_argument("--from-weights", action="store_true", help="begin a new run with the weights that ship")
     parser.add_argument("--seed", type=int, default=0, help="another one for a run that goes on from weights")

@@ -52,7 +52,7 @@ def _run(o: argparse.Namespace) -> None:
         from .unet import train
 
         share = (o.batch or 32) // o.processes
-        train(o.cache, o.steps or 12_000, o.rate or 1e-3, share, o.pictures, o.compile, o.from_weights, o.seed, o.pairs)
+        train(o.cache, o.steps or 12_000, o.rate or 1e-3, share, o.pictures, o.compile, o.from_weights, o.seed)
     else:
         from .judges import train
 

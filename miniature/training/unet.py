@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from perfusion.files import write_atomically
+from perfusion.training.noise import NoiseLevels
 
 from .. import networks
 from .. import tokenizer as tokens
@@ -23,10 +24,6 @@ from .compiling import compilable
 from .run import Run, autocast, begin_with_weights, device
 
 DROPPED = 0.1  # share of captions left empty, for classifier-free guidance
-# Rectified flow's choice of noise levels (Esser et al. 2024): the log of the signal-to-noise ratio is normal, of this
-# mean and deviation. At 16 x 16 the shape of a thing is decided there; uniform timesteps spend most of the work on
-# noise so strong that nothing is left to see.
-LOG_SNR = (0.0, 2.0)
 
 
 def train(
@@ -38,19 +35,15 @@ def train(
     compiled: bool,
     start_from_weights: bool = False,
     seed: int = 0,
-    pairs: int = 0,
 ) -> None:
-    """Train on ``pictures`` scenes, and ``pairs`` of two things, with the finished VAE and text encoder; the checkpoint
-    goes to ``cache/unet``.
+    """Train on ``pictures`` scenes with the finished VAE and text encoder; the checkpoint goes to ``cache/unet``.
 
     ``start_from_weights``: a new run begins with the weights that ship, not at random.
     """
     torch.manual_seed(seed)
     here = device()
-    counts = {"train": pictures, "pairs": pairs}
-    parts = [latents(cache, count, name) for name, count in counts.items() if count]
-    mean, std = (torch.cat(which) for which in zip(*parts, strict=True))
-    scenes = [pool_scene(name, k) for name, count in counts.items() for k in range(count)]
+    mean, std = latents(cache, pictures)
+    scenes = [pool_scene("train", k) for k in range(pictures)]
     tokenizer, text_encoder = tokens.load(FOLDER / "tokenizer"), load_text_encoder().to(here)
     unet: Any = networks.unet()
     unet.to(here, memory_format=torch.channels_last)
@@ -60,7 +53,10 @@ def train(
         begin_with_weights(unet, "unet")
     run = Run(cache / "unet", {"unet": unet}, steps=steps, rate=rate, seed=seed, ema=0.9995, save_every=200)
     signal = alphas_cumprod()
-    chances, weights = noise_levels(signal)
+    # At 16 x 16 the shape of a thing is decided at middling noise; uniform timesteps spend most of the work where there
+    # is so much that nothing is left to see.
+    levels = NoiseLevels(((1 - signal) / signal).sqrt(), "lognormal")
+    weights = levels.factor(levels.sigmas, "eps") ** 2
 
     def objective(noisy: Tensor, timestep: Tensor, context: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
         predicted = unet(noisy, timestep, context, return_dict=False)[0].float()
@@ -71,7 +67,7 @@ def train(
     objective_of = torch.compile(objective) if compiled else objective
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(scenes), (batch,), generator=generator)
+        index = torch.randint(pictures, (batch,), generator=generator)
         rng = Random(int(torch.randint(2**62, (1,), generator=generator)))
         texts = ["" if rng.random() < DROPPED else caption(rng, scenes[k]).text for k in index.tolist()]
         encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
@@ -79,7 +75,7 @@ def train(
             context = text_encoder(encoded.input_ids.to(here)).last_hidden_state
         noise, drawn = (torch.randn(batch, 4, 16, 16, generator=generator) for _ in range(2))
         x0 = mean[index].float() + std[index].float() * drawn
-        timestep = torch.multinomial(chances, batch, replacement=True, generator=generator)
+        timestep = levels.draw(batch, generator)
         a = signal[timestep].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(here, memory_format=torch.channels_last)
         with autocast():
@@ -94,25 +90,13 @@ def alphas_cumprod() -> Tensor:
     return (1 - beta).cumprod(0)
 
 
-def noise_levels(signal: Tensor) -> tuple[Tensor, Tensor]:
-    """The chance of each timestep, (1000,), and the weight of its error in the noise, (1000,).
-
-    The weighted error is that of rectified flow's velocity, which is the noise minus the clean latents: the same share
-    of the error at each level, where an error in the noise alone would hardly count the clean latents under much noise.
-    """
-    snr = signal / (1 - signal)
-    mean, deviation = LOG_SNR
-    chance = torch.exp(-0.5 * ((snr.log() - mean) / deviation) ** 2) * -torch.gradient(snr.log())[0]
-    return chance / chance.sum(), (1 + snr.rsqrt()) ** 2
-
-
-def latents(cache: Path, pictures: int, name: str = "train") -> tuple[Tensor, Tensor]:
-    """Means and standard deviations (n, 4, 16, 16), float16, of the scaled latents of a pool's scenes."""
-    path = cache / f"latents-{name}-{pictures}.safetensors"
+def latents(cache: Path, pictures: int) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations (n, 4, 16, 16), float16, of the scaled latents of the training scenes."""
+    path = cache / f"latents-{pictures}.safetensors"
     if path.exists():
         stored = load_file(path)
         return stored["mean"], stored["std"]
-    data, means, stds = pool(cache, name, pictures), [], []
+    data, means, stds = pool(cache, "train", pictures), [], []
     vae = load_vae().to(device(), memory_format=torch.channels_last)
     for part in tqdm(data.split(100), desc="encoding", unit="x100"):
         with torch.no_grad(), autocast():

@@ -12,7 +12,6 @@ from miniature.judge import Judge
 from miniature.training.export import averaged, export
 from miniature.training.run import Run
 from miniature.training.text import said_by_padding
-from miniature.training.unet import alphas_cumprod, noise_levels
 from miniature.weights import WeightsError, keep, load_judge, load_unet
 
 
@@ -86,29 +85,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         fit.run.train(loss)
     monkeypatch.undo()
     assert _Fit(tmp_path, 12).run.step == 5
-
-
-def test_the_weighted_error_in_the_noise_is_that_of_the_velocity() -> None:
-    """The velocity of rectified flow, whose path mixes clean latents and noise in shares that add up to 1."""
-    signal = alphas_cumprod()
-    chances, weights = noise_levels(signal)
-    assert float(chances.sum()) == pytest.approx(1) and bool((chances > 0).all())
-    x0, noise, error = torch.randn(3, 1000, dtype=torch.float64).unbind()
-    scale = (1 - signal.double()).sqrt()
-    predicted = noise + error
-    noisy = signal.double().sqrt() * x0 + scale * noise
-    clean = (noisy - scale * predicted) / signal.double().sqrt()
-    velocity_error = (predicted - clean) - (noise - x0)
-    assert torch.allclose(velocity_error**2, weights.double() * error**2, rtol=1e-4)
-
-
-def test_noise_levels_are_normal_in_the_logarithm_of_signal_to_noise() -> None:
-    signal = alphas_cumprod()
-    chances, _ = noise_levels(signal)
-    log_snr = (signal / (1 - signal)).log()
-    mean = float((chances * log_snr).sum())
-    deviation = float((chances * (log_snr - mean) ** 2).sum().sqrt())
-    assert mean == pytest.approx(0.0, abs=0.15) and deviation == pytest.approx(2.0, abs=0.2)
 
 
 def test_export_writes_half_precision_and_needs_a_checkpoint(tmp_path: Path) -> None:

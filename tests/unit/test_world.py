@@ -186,16 +186,6 @@ def test_a_pool_goes_on_where_it_stopped(tmp_path) -> None:  # noqa: ANN001
     assert not ImageChops.difference(Image.fromarray(more[4].numpy()), expected).getbbox()
 
 
-def test_the_pool_of_pairs_shows_two_things_now_and_then_of_one_category() -> None:
-    scenes = [pool_scene("pairs", number) for number in range(200)]
-    assert all(len(seen.things) == 2 for seen in scenes) and scenes[7] == pool_scene("pairs", 7)
-    alike = [seen for seen in scenes if len({thing.category for thing in seen.things}) == 1]
-    assert 0.15 < len(alike) / len(scenes) < 0.4
-    for seen in alike:
-        first, second = seen.things
-        assert first.x < second.x and first.look != second.look
-
-
 def test_the_pool_of_personal_things_shows_each_from_several_sides() -> None:
     for thing in range(8):
         category = personal_category(thing)
