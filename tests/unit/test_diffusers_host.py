@@ -842,18 +842,20 @@ def settings_for(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**{**small, **changes})
 
 
-# With scope "word" it is one token of 77, which a network of random weights looks at as at any other.
+# With scope "word" it is one token of 77, which a network of random weights looks at as at any other; and of
+# what shows in pictures such a network learns hardly anything in so few steps.
 @pytest.mark.parametrize(("scope", "falls_to"), [("prompt", 0.99), ("word", 0.9995)])
 def test_a_trained_concept(pipe: Any, host: DiffusersHost, tmp_path: Path, scope: Any, falls_to: float) -> None:
     before = state_of(pipe)
     photos, statistics = photos_for(host), measure(host, captions(40))
-    concept, trainer = train(host, photos, Subject(TEDDY, "teddy bear"), statistics, settings_for(scope=scope))
+    settings = settings_for(scope=scope, timesteps="uniform")
+    concept, trainer = train(host, photos, Subject(TEDDY, "teddy bear"), statistics, settings)
     first, last = concept.training["fixed_loss"]
     assert last < falls_to * first
     assert len(trainer.losses) == 12
     assert state_of(pipe) == before
     assert concept.family == host.family
-    again = train(host, photos, Subject(TEDDY, "teddy bear"), statistics, settings_for(scope=scope))[0]
+    again = train(host, photos, Subject(TEDDY, "teddy bear"), statistics, settings)[0]
     assert again.digest == concept.digest
     prompt = f"a photo of a {TEDDY}"
     stock = call(pipe, prompt)
