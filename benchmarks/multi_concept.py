@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from miniature.metrics import Metrics
 from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept, load
 from perfusion.hosts.diffusers import DiffusersHost
+from perfusion.hosts.diffusers.text import weighted_parts
 from perfusion.scope import SCOPES
 from perfusion.stack import ConceptStack, ConceptUse, word_number
 from perfusion.statistics import measure
@@ -194,7 +194,7 @@ def word_places(host: DiffusersHost, texts: Sequence[str], stack: ConceptStack) 
     for j, placeholder in enumerate(stack.placeholders):
         where[words == word_number(placeholder)] = j
     # Any word of one token leaves the ends where they are.
-    texts = [re.sub(r"\(([^()]*):[\d.]+\)", r"\1", text) for text in texts]
+    texts = ["".join(part for part, _ in weighted_parts(text)) for text in texts]
     for placeholder in stack.placeholders:
         texts = [text.replace(placeholder, "cat") for text in texts]
     padding = host.encode(texts).padding

@@ -65,7 +65,7 @@ class ClipText:
         much a part of the prompt counts, as in ComfyUI.
         """
         tokens: list[Token] = []
-        for part, weight in _weighted(prompt) if weighted else [(prompt, 1.0)]:
+        for part, weight in weighted_parts(prompt) if weighted else [(prompt, 1.0)]:
             for piece in _split(part, words):
                 if piece.lower() in words:
                     tokens += [token._replace(weight=weight) for token in words[piece.lower()]]
@@ -157,9 +157,9 @@ class ClipText:
     def _weighed(self, prompts: Sequence[Sequence[Token]], rows: Tensor | None, clip_skip: int | None) -> Tensor:
         """Encodings (b, m, d) in which each token counts as much as its weight says."""
         context = self.encode(prompts, rows, clip_skip)
-        weights = torch.tensor([[token.weight for token in tokens] for tokens in prompts]).unsqueeze(-1).to(context)
-        if bool((weights == 1).all()):
+        if all(token.weight == 1 for tokens in prompts for token in tokens):
             return context
+        weights = torch.tensor([[token.weight for token in tokens] for tokens in prompts]).unsqueeze(-1).to(context)
         empty = self.encode([self.tokens("", {})], None, clip_skip)
         return torch.where(weights == 1, context, empty + weights * (context - empty))
 
@@ -214,7 +214,7 @@ def contains_word(prompts: Sequence[str], stack: ConceptStack) -> bool:
     return any(word in prompt.lower() for prompt in prompts for word in stack.placeholders)
 
 
-def _weighted(prompt: str) -> list[tuple[str, float]]:
+def weighted_parts(prompt: str) -> list[tuple[str, float]]:
     """A prompt in parts with their weights: ``(text:1.2)`` has the weight that it says, all else has 1."""
     parts = re.split(r"\(([^()]*):\s*(\d*\.?\d+)\s*\)", prompt)
     weights = [1.0, *map(float, parts[2::3])]
