@@ -35,16 +35,15 @@ from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept, load
 from perfusion.hosts.diffusers import DiffusersHost
 from perfusion.hosts.diffusers.text import weighted_parts
-from perfusion.scope import SCOPES
 from perfusion.stack import ConceptStack, ConceptUse, word_number
 from perfusion.statistics import measure
 from perfusion.training.config import TrainingConfig
-from perfusion.training.noise import TIMESTEPS
 
 from .host import say
 from .multi_judging import Thing, photos_of
 from .multi_pictures import Pictures, weighted
 from .quality import contact_sheet, learn
+from .settings import HEARING, add_settings, config_of
 
 OPEN = 0.5
 # Super-categories that stand in one prompt.
@@ -63,13 +62,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.multi_concept", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one line of JSON alone")
-    parser.add_argument("--steps", type=int, default=250, help="training steps of each concept")
+    add_settings(parser, *HEARING)
     parser.add_argument("--prompts", type=int, default=60, help="prompts for each set of concepts")
     parser.add_argument("--pictures", type=int, default=48, help="pictures for each set of concepts; 0 leaves them out")
-    parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
-    parser.add_argument("--focus", type=float, default=TrainingConfig.focus)
-    parser.add_argument("--companions", type=int, default=TrainingConfig.companions)
-    parser.add_argument("--timesteps", choices=TIMESTEPS, default=TrainingConfig.timesteps)
     parser.add_argument("--arrangement", choices=ARRANGEMENTS, help="this one alone")
     parser.add_argument("--sheet", type=Path, help="where a sheet of photos and what was drawn goes, as .png")
     parser.add_argument("--folder", type=Path, help="where learned concepts are kept, and looked for")
@@ -103,16 +98,7 @@ def measured(
     """The figures of each arrangement."""
     wanted = {name: ARRANGEMENTS[name] for name in ([options.arrangement] if options.arrangement else ARRANGEMENTS)}
     needed = {thing for sets in wanted.values() for kinds in sets for thing in _things(kinds)}
-    config = TrainingConfig(
-        steps=options.steps,
-        scope=options.scope,
-        focus=options.focus,
-        companions=options.companions,
-        timesteps=options.timesteps,
-        micro_batch=0,
-        resolution=world.SIZE,
-    )
-    concepts = learned(host, sorted(needed), folder, config)
+    concepts = learned(host, sorted(needed), folder, config_of(options, *HEARING))
     figures: dict[str, Any] = {}
     for name, sets in wanted.items():
         stacks = [

@@ -32,20 +32,22 @@ from miniature.host import load_host
 from miniature.metrics import Metrics, rendered
 from miniature.weights import FOLDER, WeightsError
 from perfusion.concept import Concept
-from perfusion.edit import FORMS, Gate, presence
+from perfusion.edit import Gate, presence
 from perfusion.hosts.base import Word
 from perfusion.hosts.diffusers import DiffusersHost, draw
-from perfusion.scope import SCOPES, ScopedText
+from perfusion.scope import ScopedText
 from perfusion.stack import ConceptStack, ConceptUse
-from perfusion.statistics import ESTIMATORS, TextStatistics, measure
+from perfusion.statistics import TextStatistics, measure
 from perfusion.training.companions import learned_from
 from perfusion.training.config import TrainingConfig
-from perfusion.training.noise import TIMESTEPS
 from perfusion.training.trainer import Subject, train
+
+from .settings import HEARING, add_settings, config_of
 
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 5.0, "size": world.SIZE, "batch": 50}
 PLACEHOLDER = "<my-thing>"
 PHOTOS = 5
+_SETTINGS = ("form", "estimator", *HEARING, "value_rate", "embedding_rate")
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=500, help="captions for the base model; 0 leaves it out")
     parser.add_argument("--concepts", type=int, default=8, help="personal things to learn; 0 leaves them out")
     parser.add_argument("--prompts", type=int, default=16, help="prompts for each of them")
-    parser.add_argument("--steps", type=int, default=250, help="training steps for each of them")
-    parser.add_argument("--form", choices=FORMS, default=TrainingConfig.form)
-    parser.add_argument("--estimator", choices=ESTIMATORS, default=TrainingConfig.estimator)
-    parser.add_argument("--scope", choices=SCOPES, default=TrainingConfig.scope)
-    parser.add_argument("--focus", type=float, default=TrainingConfig.focus)
-    parser.add_argument("--companions", type=int, default=TrainingConfig.companions)
-    parser.add_argument("--timesteps", choices=TIMESTEPS, default=TrainingConfig.timesteps)
-    parser.add_argument("--value-rate", type=float, default=TrainingConfig.value_rate)
-    parser.add_argument("--embedding-rate", type=float, default=TrainingConfig.embedding_rate)
+    add_settings(parser, *_SETTINGS)
     parser.add_argument("--bias", type=float, default=Gate.bias)
     parser.add_argument("--guidance", type=float, default=SAMPLER["guidance"])
     parser.add_argument("--weights", type=Path, default=FOLDER)
@@ -92,19 +86,7 @@ def main() -> None:
     if options.captions:
         figures["base"] = base(host, metrics, options.captions, sheet)
     if options.concepts:
-        config = TrainingConfig(
-            steps=options.steps,
-            micro_batch=0,
-            resolution=world.SIZE,
-            form=options.form,
-            estimator=options.estimator,
-            scope=options.scope,
-            focus=options.focus,
-            companions=options.companions,
-            timesteps=options.timesteps,
-            value_rate=options.value_rate,
-            embedding_rate=options.embedding_rate,
-        )
+        config = config_of(options, *_SETTINGS)
         figures["concept"] = concepts(host, metrics, config, options, sheet)
     figures["seconds"] = round(time.perf_counter() - started)
     if options.sheet and sheet:

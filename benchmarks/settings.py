@@ -1,0 +1,27 @@
+"""Settings of the trainings of benchmarks on the miniature, as options of their command lines."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from miniature import world
+from perfusion.cli.options import SETTINGS
+from perfusion.training.config import TrainingConfig
+
+# How the word is heard, and at what it is learned.
+HEARING = ("scope", "focus", "companions", "timesteps")
+
+
+def add_settings(parser: ArgumentParser, *names: str) -> None:
+    """Let a benchmark take these settings of ``TrainingConfig``, and how many steps each concept is trained."""
+    parser.add_argument("--steps", type=int, default=250, help="training steps for each of them")
+    for option in (option for option in SETTINGS if option.name in names):
+        text = option.help.replace("%", "%%")
+        choices = option.choices or None
+        parser.add_argument(option.flag, type=option.kind, choices=choices, default=option.default, help=text)
+
+
+def config_of(options: Namespace, *names: str) -> TrainingConfig:
+    """The trainings that were asked for: whole batches of photos of the miniature's size."""
+    chosen = {name: getattr(options, name) for name in names}
+    return TrainingConfig(steps=options.steps, micro_batch=0, resolution=world.SIZE, **chosen)
