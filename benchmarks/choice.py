@@ -52,6 +52,7 @@ from perfusion.training.scoring import PictureScorer, Score, validation_prompts
 from perfusion.training.trainer import Subject, Trainer
 
 from .quality import PHOTOS, PLACEHOLDER, prompts_for, thing_masks
+from .settings import config_of
 
 WITHIN = 0.98
 FIRST_THING = 4_000_000
@@ -155,7 +156,7 @@ class Bench:
         self.host: DiffusersHost = load_host(options.weights)
         self.encoders = Encoders(options.weights)
         self.statistics: TextStatistics = measure(self.host, self.host.captions or ())
-        self.config = TrainingConfig(steps=options.steps, micro_batch=0, resolution=world.SIZE)
+        self.config = config_of(options)
         self.every: int = options.every
         self.blocks: int = options.prompts // BLOCK
 

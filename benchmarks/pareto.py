@@ -28,9 +28,9 @@ from perfusion.hosts.diffusers import draw
 from perfusion.locking import LOCKS
 from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import measure
-from perfusion.training.config import TrainingConfig
 
 from .quality import PHOTOS, PLACEHOLDER, SAMPLER, learn, prompts_for
+from .settings import add_settings, config_of
 
 BIASES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
 FALLS = {"image": True, "similarity": True, "identity": True, "text": False}  # with a rising bias
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON alone")
     parser.add_argument("--concepts", type=int, default=8, help="personal things to learn")
     parser.add_argument("--prompts", type=int, default=16, help="prompts for each of them")
-    parser.add_argument("--steps", type=int, default=250, help="training steps for each of them")
+    add_settings(parser)
     parser.add_argument("--temperature", type=float, default=Gate.temperature)
     parser.add_argument("--lock", choices=LOCKS, default="local")
     parser.add_argument("--weights", type=Path, default=FOLDER)
@@ -51,7 +51,7 @@ def main() -> None:
         host, metrics = load_host(options.weights), Metrics(options.weights)
     except WeightsError as error:
         raise SystemExit(str(error)) from None
-    config = TrainingConfig(steps=options.steps, micro_batch=0, resolution=world.SIZE)
+    config = config_of(options)
     statistics, curves = measure(host, host.captions or ()), []
     for number in tqdm(range(options.concepts), desc="concepts"):
         category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]

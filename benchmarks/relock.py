@@ -33,6 +33,7 @@ from perfusion.statistics import TextStatistics, measure
 from perfusion.training.config import TrainingConfig
 
 from .quality import PHOTOS, PLACEHOLDER, SAMPLER, learn, prompts_for
+from .settings import config_of
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
         hosts, metrics = (load_host(FOLDER), load_host(options.other)), Metrics(FOLDER)
     except WeightsError as error:
         raise SystemExit(str(error)) from None
-    config = TrainingConfig(steps=options.steps, micro_batch=0, resolution=world.SIZE)
+    config = config_of(options)
     statistics = [measure(host, host.captions or ()) for host in hosts]
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for number in tqdm(range(options.concepts), desc="concepts"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from miniature import world
-from perfusion.cli.options import SETTINGS
+from perfusion.cli.options import SETTINGS, add_option
 from perfusion.training.config import TrainingConfig
 
 # How the word is heard, and at what it is learned.
@@ -16,9 +16,7 @@ def add_settings(parser: ArgumentParser, *names: str) -> None:
     """Let a benchmark take these settings of ``TrainingConfig``, and how many steps each concept is trained."""
     parser.add_argument("--steps", type=int, default=250, help="training steps for each of them")
     for option in (option for option in SETTINGS if option.name in names):
-        text = option.help.replace("%", "%%")
-        choices = option.choices or None
-        parser.add_argument(option.flag, type=option.kind, choices=choices, default=option.default, help=text)
+        add_option(parser, option, option.default)
 
 
 def config_of(options: Namespace, *names: str) -> TrainingConfig:

@@ -168,21 +168,27 @@ class OptionError(ValueError):
         self.problems = problems
 
 
+def add_option(parser: ArgumentParser, option: Option, default: Any = None) -> None:
+    """Let a command take one option, which is ``default`` where it is not given."""
+    told = "" if option.default is None else f" Default: {_told(option.default)}."
+    text = (option.help + told).replace("%", "%%")
+    if option.kind is bool:
+        parser.add_argument(option.flag, action=BooleanOptionalAction, help=text, default=default)
+    else:
+        parser.add_argument(
+            option.flag,
+            type=option.kind,
+            help=text,
+            default=default,
+            choices=option.choices or None,
+            metavar=None if option.choices else "PATH" if option.kind is Path else option.name.upper(),
+        )
+
+
 def add_options(parser: ArgumentParser, names: tuple[str, ...] = tuple(BY_NAME)) -> None:
     """Let a command take options. Those that are not given are None, so that defaults have one place."""
-    for option in (BY_NAME[name] for name in names):
-        default = "" if option.default is None else f" Default: {_told(option.default)}."
-        text = (option.help + default).replace("%", "%%")
-        if option.kind is bool:
-            parser.add_argument(option.flag, action=BooleanOptionalAction, help=text, default=None)
-        else:
-            parser.add_argument(
-                option.flag,
-                type=option.kind,
-                help=text,
-                choices=option.choices or None,
-                metavar=None if option.choices else "PATH" if option.kind is Path else option.name.upper(),
-            )
+    for name in names:
+        add_option(parser, BY_NAME[name])
     parser.add_argument(
         "--comfyui",
         type=Path,
