@@ -140,6 +140,7 @@ def random_concepts(pack: ComfyHost, model: Any, count: int) -> Any:
                     i_star=i_star,
                     d_star=i_star / i_star.abs().max(),
                     e_super=torch.randn(768, generator=generator),
+                    e_key=torch.randn(768, generator=generator),
                     o_star_v={n: torch.randn(w, generator=generator) for n, w in shape.layers.items()},
                     anchored=True,
                     scope=config.scope,

@@ -145,8 +145,8 @@ def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, config: 
     statistics, concepts = None, {}
     for kind, number in tqdm(things, desc="concepts"):
         name = f"{kind.replace(' ', '-')}-{number}"
-        settings = f"{config.steps}-{config.scope}-{config.focus:g}-{config.companions}-{config.timesteps}"
-        path = folder / f"{name}-{settings}.safetensors"
+        settings = [f"{getattr(config, setting)}".removesuffix(".0") for setting in ("steps", *HEARING)]
+        path = folder / f"{'-'.join([name, *settings])}.safetensors"
         if not path.exists():
             statistics = statistics or measure(host, host.captions or ())
             concept = learn(host, kind, photos_of((kind, number)), statistics, config, f"<my-{name}>")

@@ -47,7 +47,7 @@ from .settings import HEARING, add_settings, config_of
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 5.0, "size": world.SIZE, "batch": 50}
 PLACEHOLDER = "<my-thing>"
 PHOTOS = 5
-_SETTINGS = ("form", "estimator", *HEARING, "value_rate", "embedding_rate")
+_SETTINGS = ("form", "estimator", *HEARING, "value_rate")
 
 
 @dataclass(frozen=True)

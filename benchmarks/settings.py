@@ -8,8 +8,8 @@ from miniature import world
 from perfusion.cli.options import SETTINGS, add_option
 from perfusion.training.config import TrainingConfig
 
-# How the word is heard, and at what it is learned.
-HEARING = ("scope", "focus", "companions", "timesteps")
+# How the word is heard, at what it is learned, and what is learned of it.
+HEARING = ("scope", "focus", "companions", "timesteps", "embedding_rate", "key_rate", "preservation")
 
 
 def add_settings(parser: ArgumentParser, *names: str) -> None:

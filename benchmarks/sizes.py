@@ -105,6 +105,7 @@ def sizes(pack: Any, shape: Any, folder: Path) -> dict[str, Any]:
         "i_star": i_star,
         "d_star": i_star / i_star.abs().max(),
         "e_super": normal(shape.context_width),
+        "e_key": normal(shape.context_width),
         "o_star_v": {layer: normal(width) for layer, width in shape.layers.items()},
         "anchored": True,
         "scope": config.TrainingConfig.scope,

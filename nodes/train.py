@@ -274,6 +274,26 @@ class PerfusionTrainConcept(io.ComfyNode):
                     tooltip=tip("timesteps"),
                     extra_dict=ADVANCED,
                 ),
+                io.Float.Input(
+                    "key_rate",
+                    default=default.key_rate,
+                    min=0.0,
+                    max=10.0,
+                    step=0.0001,
+                    optional=True,
+                    tooltip=tip("key_rate"),
+                    extra_dict=ADVANCED,
+                ),
+                io.Float.Input(
+                    "preservation",
+                    default=default.preservation,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip=tip("preservation"),
+                    extra_dict=ADVANCED,
+                ),
             ],
             outputs=[
                 Concepts.Output(

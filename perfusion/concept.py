@@ -1,9 +1,10 @@
 """A learned concept, and its .safetensors file.
 
-The file holds, in half precision, per text encoder the word's embeddings; the target input i*, its dual vector d* and
-the super-category's encoding e_super, each (d,); and the target values of all layers one after the other, in half
-precision or, for families with many of them, in 8 bits (``quantization``). Keys are never stored: they are locked to
-the super-category and follow the model in use. Values follow it too: what is stored is their difference to W_V e_super
+The file holds, in half precision, per text encoder the word's embeddings; the target input i*, its dual vector d*, the
+super-category's encoding e_super and, where it was learned, the encoding e_key that keys are locked to in its place,
+each (d,); and the target values of all layers one after the other, in half precision or, for families with many of
+them, in 8 bits (``quantization``). Keys are never stored: they are those of e_key or e_super and follow the model in
+use. Values follow it too: what is stored is their difference to W_V e_super
 of the model they were learned on, or, in files of some format versions, o*_V itself. Metadata (all text) says
 for which family, word and super-category, and how it was trained; the ModelSpec 1.0.1 keys tell other programs.
 """
@@ -52,6 +53,7 @@ FORMATS: dict[tuple[Storage, bool, Scope], str] = {
     ("8bit", False, "word"): "8",
 }
 FOCUSED = "9"  # as the version that it names, and the word is looked at more than by itself
+KEYED = "10"  # as the version that it names, with an e_key; the word may be looked at more
 MAX_HEADER = 1 << 20
 MAX_FILE = 16 << 20
 MAX_VECTORS = 32
@@ -64,6 +66,7 @@ _WINDOWS_DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IG
 _DTYPES = {"F16", "BF16", "F32"}
 _PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 _EMBEDDING = "embedding."
+_VECTORS = ("i_star", "d_star", "e_super", "e_key")
 _VALUES = {False: "o_star_v", True: "delta_v"}  # by whether the concept is anchored
 _SCALES = ".scale"
 _TENSORS_IN_HEADER = 4096  # more than names, types and places of all tensors take
@@ -95,10 +98,10 @@ class Concept:
     """What was learned. Tensors are float32 in memory with values that the file holds exactly, so that a concept fresh
     from training and the same one read back from its file are equal.
 
-    ``embeddings``: encoder -> (n, width); ``i_star``, ``d_star``, ``e_super``: (d,); ``o_star_v``: layer -> (i,),
-    what is added to W_V e_super where the concept is ``anchored``, else the values themselves. ``storage`` is how the
-    file keeps ``o_star_v``; all else is kept in half precision. ``scope`` is how far the word is heard in a prompt,
-    ``focus`` how many times more the model looks at it.
+    ``embeddings``: encoder -> (n, width); ``i_star``, ``d_star``, ``e_super``: (d,); ``e_key``: (d,), what keys are
+    locked to, or None for e_super; ``o_star_v``: layer -> (i,), what is added to W_V e_super where the concept is
+    ``anchored``, else the values themselves. ``storage`` is how the file keeps ``o_star_v``; all else is kept in half
+    precision. ``scope`` is how far the word is heard in a prompt, ``focus`` how many times more the model looks at it.
     Raises ConceptFileError when shapes do not fit the family or a number is not finite.
     """
 
@@ -119,6 +122,7 @@ class Concept:
     anchored: bool = False
     scope: Scope = "prompt"
     focus: float = 1.0
+    e_key: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
@@ -132,8 +136,8 @@ class Concept:
         if self.storage not in STORAGES:
             raise ValueError(f"target values are stored in one of {', '.join(STORAGES)}, not {self.storage!r}")
         d = self.family.context_width
-        for name in ("i_star", "d_star", "e_super"):
-            _require_shape(name, getattr(self, name), (d,))
+        for name, vector in self._vectors.items():
+            _require_shape(name, vector, (d,))
         if set(self.embeddings) != set(self.family.encoders):
             raise ConceptFileError("it does not have embeddings for each text encoder of its family")
         for name, width in self.family.encoders.items():
@@ -160,8 +164,9 @@ class Concept:
         def half(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", torch.float16).float()
 
-        for name in ("i_star", "d_star", "e_super"):
-            fields[name] = half(fields[name])
+        for name in _VECTORS:
+            if fields.get(name) is not None:
+                fields[name] = half(fields[name])
         fields["embeddings"] = {key: half(rows) for key, rows in fields["embeddings"].items()}
         layers: Mapping[str, Tensor] = fields["o_star_v"]
         storage = fields.setdefault("storage", "8bit" if fields["family"].name in _LARGE_FAMILIES else "half")
@@ -171,10 +176,16 @@ class Concept:
         return cls(**fields)
 
     @property
+    def _vectors(self) -> dict[str, Tensor]:
+        """Those of ``_VECTORS`` that it has: (d,) each."""
+        every = {name: getattr(self, name) for name in _VECTORS}
+        return {name: vector for name, vector in every.items() if vector is not None}
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the file: float16, and with 8-bit storage int8 codes of ``o_star_v`` and their scales."""
         stored = {_EMBEDDING + name: rows for name, rows in self.embeddings.items()}
-        stored |= {"i_star": self.i_star, "d_star": self.d_star, "e_super": self.e_super}
+        stored |= self._vectors
         layers = list(self.o_star_v.values())
         values = _VALUES[self.anchored]
         if self.storage == "half":
@@ -224,10 +235,12 @@ class Concept:
             **({"resolution": f"{resolution}x{resolution}"} if resolution else {}),
             **({"thumbnail": self.thumbnail} if self.thumbnail else {}),
         }
-        version = FORMATS[self.storage, self.anchored, self.scope]
+        like = FORMATS[self.storage, self.anchored, self.scope]
+        version = KEYED if self.e_key is not None else FOCUSED if self.focus != 1 else like
         own = {
-            "format": version if self.focus == 1 else FOCUSED,
-            **({"like": version, "focus": repr(float(self.focus))} if self.focus != 1 else {}),
+            "format": version,
+            **({"like": like} if version != like else {}),
+            **({"focus": repr(float(self.focus))} if self.focus != 1 else {}),
             "family": self.family.to_json(),
             "placeholder": self.placeholder,
             "super_category": self.super_category,
@@ -375,16 +388,18 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
         )
     version = metadata["perfusion.format"]
     known = {number: kind for kind, number in FORMATS.items()}
-    if not isinstance(version, str) or version not in {*known, FOCUSED}:
+    if not isinstance(version, str) or version not in {*known, FOCUSED, KEYED}:
         raise ConceptFileError(
-            f"it has format version {str(version)[:20]}, this version reads 1 to {FOCUSED}. Update ComfyUI-Perfusion."
+            f"it has format version {str(version)[:20]}, this version reads 1 to {KEYED}. Update ComfyUI-Perfusion."
         )
     try:
         like, focus = version, 1.0
-        if version == FOCUSED:
-            like, focus = metadata["perfusion.like"], float(str(metadata["perfusion.focus"])[:20])
-            if not 1 < focus <= MAX_FOCUS:
-                raise ValueError(f"a focus of {focus}")
+        if version in (FOCUSED, KEYED):
+            like = metadata["perfusion.like"]
+            if version == FOCUSED or "perfusion.focus" in metadata:
+                focus = float(str(metadata["perfusion.focus"])[:20])
+                if not 1 < focus <= MAX_FOCUS:
+                    raise ValueError(f"a focus of {focus}")
         storage, anchored, scope = known[like]
         family = Family.from_json(metadata["perfusion.family"])
         placeholder, super_category = metadata["perfusion.placeholder"], _text(metadata["perfusion.super_category"])
@@ -394,7 +409,8 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ConceptFileError(f"its metadata is damaged ({error}). Copy or train it again.") from None
     values = _VALUES[anchored]
-    expected = {"i_star", "d_star", "e_super", values, *(_EMBEDDING + name for name in family.encoders)}
+    expected = {*_VECTORS, values, *(_EMBEDDING + name for name in family.encoders)}
+    expected -= {"e_key"} if version != KEYED else set()
     expected |= {values + _SCALES} if storage == "8bit" else set()
     if set(header) != expected:
         odd = sorted(str(name)[:60] for name in set(header) ^ expected)
@@ -414,9 +430,7 @@ def _parse(header: dict[str, Any], read: Callable[[], bytes]) -> Concept:
         placeholder=placeholder,
         super_category=super_category,
         embeddings={name: tensors[_EMBEDDING + name] for name in family.encoders},
-        i_star=tensors["i_star"],
-        d_star=tensors["d_star"],
-        e_super=tensors["e_super"],
+        **{name: tensors[name] for name in _VECTORS if name in tensors},
         o_star_v=dict(zip(family.layers, _layers(values, *stored, family), strict=True)),
         form=metadata.get("perfusion.form", ""),
         estimator=metadata.get("perfusion.estimator", ""),

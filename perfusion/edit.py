@@ -277,10 +277,11 @@ def of_own_word(belonging: Tensor) -> Tensor:
     return ((belonging - _FOREIGN) / (_OWN - _FOREIGN)).clamp(0, 1)
 
 
-def _through(linear: Callable[[Tensor], Tensor], tokens: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+def _through(linear: Callable[[Tensor], Tensor], tokens: Tensor, *behind: Tensor) -> tuple[Tensor, Tensor]:
     """What ``linear`` makes of tokens (b, m, d) and, in the same call, of vectors (n, d) behind them: (b, n, i)."""
     length = tokens.shape[1]
-    projected = linear(torch.cat([tokens, behind.to(tokens).expand(len(tokens), *behind.shape)], dim=1))
+    vectors = [each.to(tokens).expand(len(tokens), *each.shape) for each in behind]
+    projected = linear(torch.cat([tokens, *vectors], dim=1))
     return projected[:, :length], projected[:, length:]
 
 
@@ -348,9 +349,10 @@ class _Memory:
 class KeyValueEdit:
     """The edits of J concepts on the key and value projections of one model.
 
-    ``e_super`` (j, d) are the encodings that locked keys stand for; ``o_star_v`` maps a layer to its target values
+    ``e_super`` (j, d) are the encodings of super-categories; ``o_star_v`` maps a layer to its target values
     (j, i). Of concepts that are ``anchored`` (j,), these are what is added to ``W_V e_super``: as locked keys do, their
-    values follow the weights in use. ``project`` is what a host calls in place of a layer's ``to_k`` or ``to_v``.
+    values follow the weights in use. Local keys are ``W_K e_key``, of ``e_key`` (j, d) or, where none is given,
+    ``e_super``. ``project`` is what a host calls in place of a layer's ``to_k`` or ``to_v``.
 
     A host that knows whose word each token of a context is sets ``words`` (b, m) around the call: the number, of
     ``numbers``, of the concept whose word it is, 0 for others. Of concepts that are ``confined`` (j,), the edit is then
@@ -370,6 +372,7 @@ class KeyValueEdit:
         anchored: Sequence[bool] | None = None,
         confined: Sequence[bool] | None = None,
         focus: Sequence[float] | None = None,
+        e_key: Tensor | None = None,
     ):
         # Words are looked at no more where their concept's focus is 1 or none of it is wanted, in any row.
         looked_at = directions.focus_share.reshape(-1, len(directions)).amax(0) > 0
@@ -382,7 +385,8 @@ class KeyValueEdit:
         self.numbers = None if numbers is None else torch.tensor(numbers)
         self.directions = directions
         self.o_star_v = o_star_v
-        self._locked = torch.cat([directions.i_star, e_super.float()])
+        self._e_super = e_super
+        self._e_key = e_super if e_key is None else e_key
         self.key_lock = KeyLock(tuple(locks) if locks is not None else ("local",) * len(directions))
         self._placed: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._directions_on: dict[torch.device, Directions] = {}
@@ -393,23 +397,23 @@ class KeyValueEdit:
     ) -> Tensor:
         """The edited projection of a context: (b, m, d) -> (b, m, i). ``linear`` is the layer's own projection.
 
-        ``W i*`` and the locked ``W e_super`` are read by sending them through ``linear`` behind the tokens, in the same
+        ``W i*`` and the locked ``W_K e_key`` are read by sending them through ``linear`` behind the tokens, in the same
         call: exact under whatever the host does to its weights (low-rank patches, casting, offloading, hooks).
         """
         coefficients = self._coefficients(context)
-        locked = self._place("locked", self._locked, context)
+        i_star = self._place("i*", self.directions.i_star, context)
         if path == "k":
             tokens = coefficients.get("k_tokens", context)
             if "k" not in coefficients:
                 return linear(tokens)
-            projected, basis = _through(linear, tokens, locked)
+            projected, basis = _through(linear, tokens, i_star, self._place("key", self._e_key, context))
             return _added(projected, coefficients["k"], basis)
         target = self._place(layer, self.o_star_v[layer], context)
         if self._anchors is None:
-            projected, read = _through(linear, context, locked[: len(self.directions)])
+            projected, read = _through(linear, context, i_star)
             target = target.to(read).expand(len(read), *target.shape)
         else:
-            projected, read = _through(linear, context, locked)
+            projected, read = _through(linear, context, i_star, self._place("anchor", self._e_super, context))
             read, anchor = read.chunk(2, dim=1)
             target = target.to(read) + anchor * self._place("anchors", self._anchors, context).to(anchor)
         return _added(projected, coefficients["v"], torch.cat([read, target], dim=1))

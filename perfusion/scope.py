@@ -39,16 +39,17 @@ class ScopedText:
         """See ``TextHost.encode``."""
         if self._scope == "prompt" or word is None or word.embeddings is None:
             return self._host.encode(prompts, word)
-        plain = self._without_embeddings(prompts, Word(word.placeholder, word.text))
+        plain = self.plain(prompts, word)
         return among(self._host.encode(prompts, word, until_word=True), plain)
 
     def prepare(self, prompts: Sequence[str], word: Word) -> None:
         """Encode now what can be kept of these prompts, so that no later call has to."""
         if self._scope == "word" and self._most:
-            self._without_embeddings(prompts[: self._most], Word(word.placeholder, word.text))
+            self.plain(prompts[: self._most], word)
 
-    def _without_embeddings(self, prompts: Sequence[str], word: Word) -> Encodings:
-        """The prompts with the super-category in the word's place."""
+    def plain(self, prompts: Sequence[str], word: Word) -> Encodings:
+        """The prompts with the super-category in the word's place, whatever its embeddings. No gradient."""
+        word = Word(word.placeholder, word.text)
         names = [(prompt, word.placeholder, word.text) for prompt in prompts]
         found = {name: self._plain[name] for name in names if name in self._plain}
         missing = list(dict.fromkeys(name for name in names if name not in found))

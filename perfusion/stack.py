@@ -184,6 +184,7 @@ class ConceptStack:
             [concept.anchored for concept in concepts],
             [concept.scope == "word" for concept in concepts],
             [concept.focus for concept in concepts],
+            torch.stack([c.e_super if c.e_key is None else c.e_key for c in concepts]),
         )
 
 

@@ -1,7 +1,7 @@
 // Train Concept of a workflow that is older than some of its inputs does what it did then.
 import { onNode, setValue, widgetOf } from "./host.js";
 
-const BEFORE = { scope: "prompt", focus: 1, companions: 0, timesteps: "uniform" };
+const BEFORE = { scope: "prompt", focus: 1, companions: 0, timesteps: "uniform", key_rate: 0, preservation: 0 };
 
 /** Whether a saved node has a value for a widget: by name, or by its place in the list of those that are saved. */
 function has(node, saved, widget) {

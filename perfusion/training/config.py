@@ -15,7 +15,14 @@ RATES: tuple[Rates, ...] = get_args(Rates)
 
 
 # What settings were before there was a choice: for trainings and graphs that were saved without them.
-BEFORE: dict[str, Any] = {"scope": "prompt", "focus": 1.0, "companions": 0, "timesteps": "uniform"}
+BEFORE: dict[str, Any] = {
+    "scope": "prompt",
+    "focus": 1.0,
+    "companions": 0,
+    "timesteps": "uniform",
+    "key_rate": 0.0,
+    "preservation": 0.0,
+}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -44,7 +51,7 @@ class TrainingConfig:
         "the embedding.",
     )
     value_rate: float = _setting(0.1, "Learning rate of the target values, per step.")
-    embedding_rate: float = _setting(0.05, "Learning rate of the word's embedding, per step.")
+    embedding_rate: float = _setting(0.01, "Learning rate of the word's embedding, per step.")
     bias: float = _setting(0.75, "Gate bias while training.")
     temperature: float = _setting(0.1, "Gate temperature while training.")
     form: Form = _setting(
@@ -77,6 +84,17 @@ class TrainingConfig:
         "At how much noise the concept is learned. lognormal: at some, mostly, where looks are decided, and errors "
         "count as they do in the picture. uniform: at any alike, and errors count as in the noise, as in the paper.",
     )
+    key_rate: float = _setting(
+        0.02,
+        "Learning rate of the word's keys, per step: of the encoding that they are locked to, which starts at the "
+        "super-category's. The thing is then itself wherever its word stands in a prompt. 0: keys stay locked to the "
+        "super-category, as in the paper.",
+    )
+    preservation: float = _setting(
+        2.0,
+        "How much it counts that all but the thing is left as the model draws it for the super-category; this takes "
+        "about a third more time. 0: not at all, as in the paper.",
+    )
     contexts: int = _setting(240, "In how many varied captions the word is looked at to find it in any prompt.")
     vectors: int = _setting(1, "How many token embeddings the word has.")
     flip: bool = _setting(True, "Mirror half of the photos. Switch it off for things with writing or a left and right.")
@@ -96,8 +114,9 @@ class TrainingConfig:
         check("batch_size", 1 <= self.batch_size <= 256, "1 to 256")
         check("micro_batch", 0 <= self.micro_batch <= 256, "0 to 256")
         check("resolution", 64 <= self.resolution <= 2048 and self.resolution % 64 == 0, "a multiple of 64 up to 2048")
-        for rate in ("value_rate", "embedding_rate"):
+        for rate in ("value_rate", "embedding_rate", "key_rate"):
             check(rate, 0 <= getattr(self, rate) <= 10, "from 0 to 10")
+        check("preservation", 0 <= self.preservation <= 100, "from 0 to 100")
         check("temperature", 0.001 <= self.temperature <= 10, "from 0.001 to 10")
         check("bias", -10 <= self.bias <= 10, "from -10 to 10")
         check("contexts", 8 <= self.contexts <= 2000, "8 to 2000")
@@ -123,7 +142,8 @@ class TrainingConfig:
     @classmethod
     def paper(cls, **changes: Any) -> TrainingConfig:
         """The paper's own setup as far as it is known: its absolute rates, i* over short templates, 400 steps, the word
-        heard by all words behind it and looked at as much as any, photos alone, and any noise alike.
+        heard by all words behind it and looked at as much as any, its keys the super-category's, photos alone and only
+        the thing in them, and any noise alike.
         """
         setup = {
             "steps": 400,
@@ -135,5 +155,7 @@ class TrainingConfig:
             "focus": 1.0,
             "companions": 0,
             "timesteps": "uniform",
+            "key_rate": 0.0,
+            "preservation": 0.0,
         }
         return cls(**{**setup, **changes})

@@ -1,8 +1,13 @@
-"""Learning a concept from photos: the word's embeddings and the target values of each layer, nothing else.
+"""Learning a concept from photos: the word's embeddings, the target values of each layer, what keys are locked to.
 
-Follows Tewel et al. 2023: keys locked to the super-category, values learned, the gated edit in place at
-training as at inference, loss weighted by the mask of the thing. The trainer knows no host: it calls the protocol of
-``perfusion.hosts.base`` and reports through callbacks, between optimizer steps, which may raise to stop it.
+Follows Tewel et al. 2023: values learned, the gated edit in place at training as at inference, loss weighted by the
+mask of the thing. In the paper keys are locked to the super-category; but of the second thing of a prompt little is
+then seen, since the model looks little at its word. Here they are locked to an encoding that starts there and is
+learned too, one for all layers, so that keys stay what the model could make of some word. A second part of the loss
+keeps the thing's looks from spreading: elsewhere, the prediction is to stay what it is with the super-category.
+
+The trainer knows no host: it calls the protocol of ``perfusion.hosts.base`` and reports through callbacks, between
+optimizer steps, which may raise to stop it.
 """
 
 from __future__ import annotations
@@ -156,7 +161,7 @@ class Trainer:
         loss = 0.0
         for part in batch.split(micro):
             share = len(part) / config.batch_size
-            part_loss = self._error(part, prompts.of(part.prompt), self._edit)
+            part_loss = self._loss(part, prompts.of(part.prompt))
             (part_loss * share).backward()
             loss += float(part_loss.detach()) * share
         prompts.backward()
@@ -306,6 +311,7 @@ class Trainer:
         self._paper_metric: Metric | None = self.statistics.metric() if config.estimator == "paper" else None
         self._anchors = host.project_values(self.e_super.unsqueeze(0))
         self.o_star_v = {layer: values.detach().clone().requires_grad_() for layer, values in self._anchors.items()}
+        self.e_key = self.e_super.unsqueeze(0).clone().requires_grad_() if config.key_rate else None
         self._locate()
         self._require_words_in_reach()
         self._text.prepare(self.captions.prompts, self.word)
@@ -330,7 +336,8 @@ class Trainer:
     def _trained(self) -> dict[str, Tensor]:
         """All that the optimizer changes, by name, in its order."""
         embeddings = {f"embedding.{name}": rows for name, rows in self.embeddings.items()}
-        return embeddings | {f"o_star_v.{layer}": values for layer, values in self.o_star_v.items()}
+        values = {f"o_star_v.{layer}": values for layer, values in self.o_star_v.items()}
+        return embeddings | values | ({} if self.e_key is None else {"e_key": self.e_key})
 
     def _parameter_groups(self) -> list[dict]:
         """One group a tensor: relative rates are shares of its own initial size."""
@@ -344,6 +351,9 @@ class Trainer:
         for values in self.o_star_v.values():
             size = float(values.detach().pow(2).mean().sqrt())
             groups.append({"params": [values], "lr": config.value_rate * (size if relative else 1.0)})
+        if self.e_key is not None:
+            size = float(self.e_super.pow(2).mean().sqrt())
+            groups.append({"params": [self.e_key], "lr": config.key_rate * (size if relative else 1.0)})
         return groups
 
     def _contexts(self, count: int) -> list[str]:
@@ -365,6 +375,7 @@ class Trainer:
             i_star=i_star,
             d_star=d_star,
             e_super=self.e_super,
+            e_key=None if self.e_key is None else self.e_key.squeeze(0),
             o_star_v={layer: (o - self._anchors[layer]).squeeze(0) for layer, o in self.o_star_v.items()},
             anchored=True,
             scope=self.config.scope,
@@ -405,7 +416,13 @@ class Trainer:
         directions_ = Directions.of(i_star.unsqueeze(0), d_star.unsqueeze(0), [gate], [self.config.form])
         alone, focus = [self.config.scope == "word"], [self.config.focus]
         return KeyValueEdit(
-            directions_, self.e_super.unsqueeze(0), self.o_star_v, numbers=[1], confined=alone, focus=focus
+            directions_,
+            self.e_super.unsqueeze(0),
+            self.o_star_v,
+            numbers=[1],
+            confined=alone,
+            focus=focus,
+            e_key=self.e_key,
         )
 
     def _draw(self, count: int, generator: torch.Generator) -> _Batch:
@@ -421,19 +438,43 @@ class Trainer:
         texts = {k: self.captions.prompts[k] for k in batch.prompt.unique().tolist()}
         return EncodedPrompts(lambda some: self._text(some, word), texts, at_once, kept=kept)
 
+    def _loss(self, batch: _Batch, text: Encodings) -> Tensor:
+        """What a step lowers: the error at the thing, and how far the prediction elsewhere drifts from the model's own.
+
+        The model's own is its prediction of the same noisy photo with the super-category in the word's place.
+        """
+        noised = self._noised(batch)
+        own, mask = None, noised.weights / noised.weights.amax((1, 2, 3), keepdim=True)
+        elsewhere = 1 - mask
+        if self.config.preservation and bool(elsewhere.any()):
+            prompts = [self.captions.prompts[number] for number in batch.prompt.tolist()]
+            with torch.no_grad():
+                own = self._prediction(noised, self._text.plain(prompts, self.word), None)
+        # Last, for the backward pass may compute blocks again, with the edit that was in use last.
+        found = self._prediction(noised, text, self._edit)
+        loss = noised.error(found, noised.clean, noised.weights)
+        return loss if own is None else loss + self.config.preservation * noised.error(found, own, elsewhere)
+
     def _error(self, batch: _Batch, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
         """Mask-weighted error of the network's prediction with these encodings, mean over the batch."""
+        noised = self._noised(batch)
+        return noised.error(self._prediction(noised, text, edit), noised.clean, noised.weights)
+
+    def _noised(self, batch: _Batch) -> _Noised:
         device = self.host.device
-        x0, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
-        noise, sigma = batch.noise.to(device), self._levels.sigmas[batch.level].to(device)
+        clean, weights = (tensor.to(device) for tensor in self.photos.pick(batch.photo, batch.flipped))
+        sigma = self._levels.sigmas[batch.level].to(device)
         spread = sigma.view(-1, 1, 1, 1)
-        sizes = self.photos.sizes(batch.photo)
+        # eps = (x_t - x0) / sigma
+        factor = self._levels.factor(spread, self.host.prediction) / spread
+        noisy = clean + spread * batch.noise.to(device)
+        return _Noised(noisy, clean, weights, sigma, factor, self.photos.sizes(batch.photo))
+
+    def _prediction(self, noised: _Noised, text: Encodings, edit: KeyValueEdit | None) -> Tensor:
+        """What noised photos are without noise, as the network has it: (b, c, h, w), float32."""
         if edit is not None:
             edit.tell_own(text.word)
-        estimate = self.host.denoise(x0 + spread * noise, sigma, text, edit, sizes).float()
-        # eps = (x_t - x0) / sigma
-        error = (estimate - x0) / spread * self._levels.factor(spread, self.host.prediction)
-        return reduce(weights * error**2, "b c h w -> ", "mean")
+        return self.host.denoise(noised.noisy, noised.sigma, text, edit, noised.sizes).float()
 
 
 def require_words(host: TextHost, subject: Subject) -> dict[str, Tensor]:
@@ -466,6 +507,23 @@ class _Batch:
     def split(self, size: int) -> list[_Batch]:
         parts = zip(*(tensor.split(size) for tensor in vars(self).values()), strict=True)
         return [_Batch(*tensors) for tensors in parts]
+
+
+@dataclass(frozen=True)
+class _Noised:
+    """Photos without noise, ``clean``, and with it, ``noisy``, at levels ``sigma`` (b,): (b, c, h, w). ``weights`` of
+    their places (b, 1, h, w), and the ``factor`` (b, 1, 1, 1) by which errors count at these levels."""
+
+    noisy: Tensor
+    clean: Tensor
+    weights: Tensor
+    sigma: Tensor
+    factor: Tensor
+    sizes: Tensor
+
+    def error(self, found: Tensor, right: Tensor, weights: Tensor) -> Tensor:
+        """Mean square of how far two such photos (b, c, h, w) differ, by weights."""
+        return reduce(weights * ((found - right) * self.factor) ** 2, "b c h w -> ", "mean")
 
 
 def _resample(rows: Tensor, count: int) -> Tensor:

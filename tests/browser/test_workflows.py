@@ -169,7 +169,7 @@ def test_what_is_new_in_the_miniature_s_world_needs_nothing_but_run_either(serve
 def test_a_training_saved_before_there_was_a_choice_does_what_it_did(server: ComfyServer, named: bool) -> None:
     graph = workflow("miniature_train")
     (node,) = [node for node in graph["nodes"] if node["type"] == "PerfusionTrainConcept"]
-    new = ("scope", "focus", "companions", "timesteps")
+    new = ("scope", "focus", "companions", "timesteps", "key_rate", "preservation")
     node["inputs"] = [entry for entry in node["inputs"] if entry["name"] not in new]
     node["widgets_values"] = node["widgets_values"][: -len(new)]
     saved = node.pop("widgets_values_named", {})
@@ -178,10 +178,10 @@ def test_a_training_saved_before_there_was_a_choice_does_what_it_did(server: Com
     with comfy_page(server) as page:
         load_graph(page, graph)
         (before,) = [each for each in prompt_of(page).values() if each["class_type"] == "PerfusionTrainConcept"]
-        assert [before["inputs"][name] for name in new] == ["prompt", 1, 0, "uniform"]
+        assert [before["inputs"][name] for name in new] == ["prompt", 1, 0, "uniform", 0, 0]
         load_graph(page, workflow("miniature_train"))
         (now,) = [each for each in prompt_of(page).values() if each["class_type"] == "PerfusionTrainConcept"]
-        assert [now["inputs"][name] for name in new] == ["word", 20, 5, "lognormal"]
+        assert [now["inputs"][name] for name in new] == ["word", 20, 5, "lognormal", 0.02, 2]
 
 
 @RENDERERS

@@ -313,13 +313,14 @@ def test_train_save_load_apply_sample(comfy_host: ComfyHost, lab: Lab, photo_nod
 def test_graphs_older_than_an_input_do_what_they_did(comfy_host: ComfyHost, photo_node: None) -> None:
     prompt = training(comfy_host)
     new = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
-    now = new.scope, new.focus, new.training["companions"], new.training["timesteps"]
-    assert now == ("word", 20, 1, "lognormal")
-    for name in ("scope", "focus", "companions", "timesteps"):
+    names = ("companions", "timesteps", "key_rate", "preservation")
+    assert (new.scope, new.focus, *(new.training[name] for name in names)) == ("word", 20, 1, "lognormal", 0.02, 2.0)
+    assert new.e_key is not None
+    for name in ("scope", "focus", *names):
         del prompt["train"]["inputs"][name]
     old = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
-    then = old.scope, old.focus, old.training["companions"], old.training["timesteps"]
-    assert then == ("prompt", 1, 0, "uniform")
+    assert (old.scope, old.focus, *(old.training[name] for name in names)) == ("prompt", 1, 0, "uniform", 0, 0)
+    assert old.e_key is None
     assert "focus" not in "".join(old.metadata)
 
 

@@ -145,6 +145,8 @@ OTHER: dict[str, Any] = {
     "focus": 2.0,
     "companions": 3,
     "timesteps": "uniform",
+    "key_rate": 0.0,
+    "preservation": 2.5,
     "contexts": 17,
     "vectors": 2,
     "flip": False,
@@ -334,7 +336,7 @@ def test_a_step_that_fails_never_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise Broken
 
-    for name in ("_draw", "_error", "_follow"):
+    for name in ("_draw", "_loss", "_follow"):
         with monkeypatch.context() as patch, pytest.raises(Broken):
             patch.setattr(trainer, name, fail)
             trainer.step()

@@ -94,7 +94,13 @@ def a_concept(family: Family = SMALL, vectors: int = 1, seed: int = 0, **changes
 def same(a: Concept, b: Concept) -> bool:
     """Equal in everything, to the last bit."""
     in_memory = [
-        [c.i_star, c.d_star, c.e_super, *(c.embeddings[name] for name in SMALL.encoders if name in c.embeddings)]
+        [
+            c.i_star,
+            c.d_star,
+            c.e_super,
+            *([] if c.e_key is None else [c.e_key]),
+            *(c.embeddings[name] for name in SMALL.encoders if name in c.embeddings),
+        ]
         + list(c.o_star_v.values())
         for c in (a, b)
     ]
@@ -188,16 +194,20 @@ def test_families_are_the_real_ones() -> None:
     assert (len(SDXL.layers), sum(SDXL.layers.values())) == (70, 83_200)
 
 
+@pytest.mark.parametrize("vectors", [3, 4], ids=["keys of the super-category", "keys of its own"])
 @pytest.mark.parametrize(
     ("family", "storage", "tensors", "file"),
     [(SD1, "half", 31_200, 36_000), (SD2, "half", 33_200, 37_000), (SDXL, "8bit", 100_000, 100 * 1024)],
 )
-def test_size(tmp_path: Path, family: Family, storage: str, tensors: int, file: int) -> None:
-    concept = a_concept(family, training={f"setting_{n}": "x" * 10 for n in range(25)})
+def test_size(tmp_path: Path, family: Family, storage: str, tensors: int, file: int, vectors: int) -> None:
+    width = family.context_width
+    key = {"e_key": torch.linspace(-1, 1, width)} if vectors == 4 else {}
+    tensors, file = tensors + (vectors - 3) * 2 * width, file + (vectors - 3) * 2 * width
+    concept = a_concept(family, training={f"setting_{n}": "x" * 10 for n in range(25)}, **key)
     assert concept.storage == storage
     path = concept.save(tmp_path / "it.safetensors")
     size = sum(tensor.numel() * tensor.element_size() for tensor in concept.tensors.values())
-    others = 2 * (3 * family.context_width + sum(family.encoders.values()))
+    others = 2 * (vectors * width + sum(family.encoders.values()))
     values, scales = sum(family.layers.values()), len(family.layers)
     assert size == others + (2 * values if storage == "half" else values + 2 * scales) <= tensors
     assert path.stat().st_size <= file
@@ -269,6 +279,54 @@ def test_words_with_a_focus_have_a_version_of_their_own(
     assert plain.digest != concept.digest, "other pictures, other digest"
     assert load(plain.save(tmp_path / "plain.safetensors")).focus == 1
     assert not {"perfusion.focus", "perfusion.like"} & set(plain.metadata)
+
+
+@pytest.mark.parametrize("focus", [1.0, 12.5])
+@pytest.mark.parametrize("scope", ["word", "prompt"])
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("storage", ["half", "8bit"])
+def test_keys_of_their_own_have_a_version_of_their_own(
+    tmp_path: Path, storage: str, anchored: bool, scope: str, focus: float
+) -> None:
+    settings = {"storage": storage, "anchored": anchored, "scope": scope, "focus": focus}
+    concept = a_concept(e_key=torch.linspace(-1, 1, SMALL.context_width), **settings)
+    assert concept.metadata["perfusion.format"] == "10"
+    found = load(concept.save(tmp_path / "it.safetensors"))
+    assert found.e_key is not None and concept.e_key is not None and torch.equal(found.e_key, concept.e_key)
+    assert (found.scope, found.storage, found.anchored, found.focus) == (scope, storage, anchored, focus)
+    assert same(found, concept) and found.digest == concept.digest
+    locked = a_concept(**settings)
+    assert locked.digest != concept.digest, "other pictures, other digest"
+    assert load(locked.save(tmp_path / "locked.safetensors")).e_key is None
+    assert "e_key" not in locked.tensors
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        pytest.param({"e_key": None}, {}, id="none"),
+        pytest.param({"e_key": torch.ones(5).half()}, {}, id="short"),
+        pytest.param({"e_key": torch.full((6,), torch.nan).half()}, {}, id="NaN"),
+        pytest.param({"e_key": torch.ones(6).half()}, {}, id="another"),
+        pytest.param({}, {"perfusion.format": "9", "perfusion.focus": "2.0"}, id="an older version"),
+        pytest.param({}, {"perfusion.like": "10"}, id="like itself"),
+        pytest.param({}, {"perfusion.like": None}, id="like none"),
+        pytest.param({}, {"perfusion.focus": "1.0"}, id="focus of 1"),
+        pytest.param({}, {"perfusion.focus": "2.0"}, id="a focus it had not"),
+    ],
+)
+def test_damaged_keys_are_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor | None], metadata: dict[str, str | None]
+) -> None:
+    concept = a_concept(anchored=True, scope="word", e_key=torch.linspace(-1, 1, SMALL.context_width))
+    path = tmp_path / "it.safetensors"
+    save_file(
+        {name: tensor for name, tensor in {**concept.tensors, **tensors}.items() if tensor is not None},
+        path,
+        {key: value for key, value in {**concept.metadata, **metadata}.items() if value is not None},
+    )
+    with pytest.raises(ConceptFileError, match=r"it\.safetensors"):
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -611,7 +669,7 @@ def changed(path: Path, edit: Callable[[dict[str, Any], dict[str, str]], Any]) -
         pytest.param(lambda t, m: m.update({"perfusion.form": "preserving"}), "digest", id="other form"),
         pytest.param(lambda t, m: m.update({"perfusion.form": "baroque"}), "baroque", id="unknown form"),
         pytest.param(lambda t, m: m.update({"perfusion.estimator": ""}), "this version lacks", id="no estimator"),
-        pytest.param(lambda t, m: m.update({"perfusion.format": "10"}), "Update ComfyUI-Perfusion", id="newer"),
+        pytest.param(lambda t, m: m.update({"perfusion.format": "11"}), "Update ComfyUI-Perfusion", id="newer"),
         pytest.param(lambda t, m: m.update({"perfusion.format": "9" * 500}), "Update", id="much newer"),
         pytest.param(lambda t, m: m.pop("perfusion.format"), "no Perfusion concept", id="no format"),
         pytest.param(lambda t, m: m.pop("perfusion.placeholder"), "metadata is damaged", id="no placeholder"),

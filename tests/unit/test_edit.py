@@ -122,6 +122,36 @@ def test_anchored_values_are_added_to_the_super_category_as_the_weights_in_use_s
     assert relative(edit.project(LAYER, "v", context, world.linear), world.project(context)) < 1e-6
 
 
+# --- keys of their own
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_locked_keys_are_those_of_another_encoding_where_there_is_one(form: Form) -> None:
+    """And values are still anchored at the super-category."""
+    world = World(2, form=form, dtype=torch.float64)
+    context, e_key = world.context(), torch.randn_like(world.e_super)
+    settings: dict[str, Any] = {"anchored": [True, False], "e_key": e_key}
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, **settings)
+    without = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, anchored=[True, False])
+    found = [each.project(LAYER, "v", context, world.linear) for each in (edit, without)]
+    assert torch.equal(*found)
+    world.e_super = e_key
+    assert torch.equal(edit.project(LAYER, "k", context, world.linear), world.project(context, "k"))
+
+
+def test_a_key_is_learned_while_it_is_in_use() -> None:
+    world = World(1)
+    e_key = world.e_super.float().clone().requires_grad_()
+    edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, e_key=e_key)
+    context = world.context().float()
+    before = edit.project(LAYER, "k", context, world.linear)
+    before.square().sum().backward()
+    assert e_key.grad is not None and bool(e_key.grad.any())
+    with torch.no_grad():
+        e_key += 1
+    assert not torch.equal(edit.project(LAYER, "k", context, world.linear), before)
+
+
 # --- words that are heard by themselves alone
 
 

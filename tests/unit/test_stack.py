@@ -117,6 +117,22 @@ def test_an_edit_carries_each_concepts_own_settings() -> None:
         assert torch.equal(values, torch.stack([c.o_star_v[layer] for c in concepts]))
 
 
+def test_each_concept_has_the_key_that_it_learned_or_its_super_categorys() -> None:
+    locked, own = a_concept("<a>", 1), a_concept("<b>", 2)
+    own = replace(own, e_key=own.e_super + 1)
+    layer = next(iter(own.o_star_v))
+    weight = torch.randn(own.o_star_v[layer].shape[0], 24)
+    context = torch.stack([locked.i_star, own.i_star]).unsqueeze(0)
+
+    def keys(*concepts: Concept) -> torch.Tensor:
+        stack = ConceptStack(tuple(map(ConceptUse, concepts)))
+        return stack.edit().project(layer, "k", context, lambda x: x @ weight.T)
+
+    found, expected = keys(locked, own), keys(locked, replace(own, e_super=own.e_super + 1, e_key=None))
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, keys(locked, replace(own, e_key=None)))
+
+
 def test_twins_under_two_words_are_refused_by_name() -> None:
     stack = ConceptStack((ConceptUse(a_concept("<a>")), ConceptUse(a_concept("<b>"))))
     with pytest.raises(ParallelConceptsError, match="<a> and <b> are too alike"):

@@ -20,7 +20,8 @@ from perfusion.training.trainer import EMA, StepReport, Subject, Trainer, Traini
 from tests.unit.fake_host import FakeHost
 from tests.unit.small_training import BEAR, TWO_ENCODERS, a_trainer, other_photos, photos, settings, statistics
 
-STILL: dict[str, Any] = {"value_rate": 0.0, "embedding_rate": 0.0}  # nothing moves: what is left is the gradient
+# Nothing moves: what is left is the gradient. Without any rate, keys would have none.
+STILL: dict[str, Any] = {"value_rate": 0.0, "embedding_rate": 0.0, "key_rate": 1e-12}
 
 
 def trained(subject: Subject = BEAR, host: FakeHost | None = None, **changes: Any) -> Concept:
@@ -28,8 +29,7 @@ def trained(subject: Subject = BEAR, host: FakeHost | None = None, **changes: An
 
 
 def gradients(trainer: Trainer) -> list[Tensor]:
-    parameters = [*trainer.embeddings.values(), *trainer.o_star_v.values()]
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [parameter.grad for parameter in trainer._trained.values() if parameter.grad is not None]
 
 
 # --- learning
@@ -85,40 +85,46 @@ def test_a_host_may_bring_captions_of_its_own(estimator: str, named: int) -> Non
     assert torch.equal(trainer.e_super, plain.e_super) is not used
 
 
-def test_only_the_word_and_its_target_values_are_trained() -> None:
+@pytest.mark.parametrize("key_rate", [0.0, 0.05])
+def test_only_the_word_its_target_values_and_its_key_are_trained(key_rate: float) -> None:
     host = FakeHost(encoders=TWO_ENCODERS)
     weights = [e.table for e in host.encoders.values()] + [w for layer in host.layers.values() for w in layer.values()]
     before = [w.clone() for w in weights]
-    trainer = a_trainer(host=host, steps=3)
+    trainer = a_trainer(host=host, steps=3, key_rate=key_rate)
     locked = trainer.e_super.clone()
-    start = {id(p): p.detach().clone() for p in (*trainer.embeddings.values(), *trainer.o_star_v.values())}
+    start = {id(p): p.detach().clone() for p in trainer._trained.values()}
     groups = trainer._optimizer.param_groups
     assert {id(p) for group in groups for p in group["params"]} == set(start)
-    assert sum(p.numel() for p in start.values()) == 12 + 6 + 12 + 20
+    assert sum(p.numel() for p in start.values()) == 12 + 6 + 12 + 20 + (18 if key_rate else 0)
     assert all(group["weight_decay"] == 0 for group in groups)
     trainer.run()
-    for parameter in (*trainer.embeddings.values(), *trainer.o_star_v.values()):
+    for parameter in trainer._trained.values():
         assert parameter.dtype == torch.float32
         assert not torch.equal(parameter, start[id(parameter)])
-    assert torch.equal(trainer.e_super, locked), "keys stay where the super-category was"
+    assert torch.equal(trainer.e_super, locked), "values stay anchored where the super-category was"
+    concept = trainer.concept()
+    assert (concept.e_key is not None) == bool(key_rate), "else keys stay where the super-category was"
+    if concept.e_key is not None and trainer.e_key is not None:
+        assert torch.equal(concept.e_key, trainer.e_key.detach()[0].half().float())
     assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(weights, before, strict=True))
     assert not any(t.requires_grad for t in (trainer.i_star, trainer.d_star, trainer.e_super))
 
 
 def test_relative_rates_are_shares_of_each_tensors_size() -> None:
     host = FakeHost(encoders=TWO_ENCODERS)
-    trainer = a_trainer(host=host, rates="relative", value_rate=0.1, embedding_rate=0.05)
+    trainer = a_trainer(host=host, rates="relative", value_rate=0.1, embedding_rate=0.05, key_rate=0.02)
     rates = {id(group["params"][0]): group["lr"] for group in trainer._optimizer.param_groups}
     for name, rows in trainer.embeddings.items():
         assert rates[id(rows)] == pytest.approx(0.05 * float(host.encoders[name].table.std()))
     for values in trainer.o_star_v.values():
         assert rates[id(values)] == pytest.approx(0.1 * float(values.detach().square().mean().sqrt()))
-    assert len(set(rates.values())) == 4
+    assert rates[id(trainer.e_key)] == pytest.approx(0.02 * float(trainer.e_super.square().mean().sqrt()))
+    assert len(set(rates.values())) == 5
 
 
 def test_absolute_rates_are_taken_as_they_are() -> None:
-    trainer = a_trainer(rates="absolute", value_rate=0.03, embedding_rate=0.006)
-    assert [group["lr"] for group in trainer._optimizer.param_groups] == [0.006, 0.03, 0.03]
+    trainer = a_trainer(rates="absolute", value_rate=0.03, embedding_rate=0.006, key_rate=0.002)
+    assert [group["lr"] for group in trainer._optimizer.param_groups] == [0.006, 0.03, 0.03, 0.002]
     before = {layer: values.detach().clone() for layer, values in trainer.o_star_v.items()}
     trainer.step()
     for layer, values in trainer.o_star_v.items():
@@ -188,7 +194,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_loss_is_that_of_the_networks_own_target(prediction: Literal["eps", "v"]) -> None:
     """v = alpha noise - sigma' x0 at unit variance (Salimans and Ho 2022), weighted by the mask."""
     host = FakeHost(prediction)
-    trainer = a_trainer(host=host, seed=5, timesteps="uniform", **STILL)
+    trainer = a_trainer(host=host, seed=5, timesteps="uniform", preservation=0.0, **STILL)
     batch = trainer._draw(4, torch.Generator().manual_seed(5))
     x0, weights = photos().pick(batch.photo, batch.flipped)
     sigma = host.noise_levels()[batch.level].view(-1, 1, 1, 1)
@@ -199,6 +205,41 @@ def test_loss_is_that_of_the_networks_own_target(prediction: Literal["eps", "v"]
     target = batch.noise if prediction == "eps" else alpha * batch.noise - alpha * sigma * x0
     expected = (weights * (found - target).square()).mean()
     assert trainer.step().loss == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "lognormal"])
+@pytest.mark.parametrize("scope", ["word", "prompt"])
+def test_elsewhere_the_prediction_is_to_stay_that_of_the_super_category(scope: str, timesteps: str) -> None:
+    host = FakeHost()
+    settings_ = {"seed": 5, "scope": scope, "timesteps": timesteps, **STILL}
+    alone = a_trainer(host=host, preservation=0.0, **settings_)
+    trainer = a_trainer(host=host, preservation=3.0, **settings_)
+    with torch.no_grad():
+        for values in (*alone.o_star_v.values(), *trainer.o_star_v.values()):
+            values += 2
+    batch = trainer._draw(4, torch.Generator().manual_seed(5))
+    x0, weights = photos().pick(batch.photo, batch.flipped)
+    sigma = trainer._levels.sigmas[batch.level]
+    spread = sigma.view(-1, 1, 1, 1)
+    prompts = [trainer.subject.prompts()[k] for k in batch.prompt]
+    text = trainer._text(prompts, trainer.word)
+    trainer._edit.tell_own(text.word)
+    noisy = x0 + spread * batch.noise
+    found = host.denoise(noisy, sigma, text, trainer._edit).detach()
+    plain = host.denoise(noisy, sigma, host.encode([prompt.replace("<bear>", "bear") for prompt in prompts]), None)
+    counted = (found - plain) * trainer._levels.factor(spread, "eps") / spread
+    drift = ((1 - weights / weights.amax((1, 2, 3), keepdim=True)) * counted.square()).mean()
+    assert float(drift) > 1e-4
+    assert trainer.step().loss - alone.step().loss == pytest.approx(3 * float(drift), rel=1e-3)
+
+
+def test_where_all_of_the_photos_is_the_thing_there_is_nothing_to_preserve() -> None:
+    host = FakeHost()
+    pictures = prepare(host, [torch.rand(64, 64, 3)], None, 64)
+    trainer = a_trainer(host=host, pictures=pictures)
+    host.calls = 0
+    trainer.step()
+    assert host.calls == 1
 
 
 def test_draws_cover_photos_captions_and_noise_levels() -> None:
@@ -227,13 +268,13 @@ def test_flip_off_never_mirrors() -> None:
 def texts(monkeypatch: pytest.MonkeyPatch) -> list[Encodings]:
     """The encodings of every batch trained on."""
     seen: list[Encodings] = []
-    original = Trainer._error
+    original = Trainer._loss
 
-    def recorded(self: Trainer, batch: Any, text: Encodings, edit: Any) -> Tensor:
+    def recorded(self: Trainer, batch: Any, text: Encodings) -> Tensor:
         seen.append(text)
-        return original(self, batch, text, edit)
+        return original(self, batch, text)
 
-    monkeypatch.setattr(Trainer, "_error", recorded)
+    monkeypatch.setattr(Trainer, "_loss", recorded)
     return seen
 
 
@@ -410,6 +451,9 @@ def test_an_ordinary_word_is_no_placeholder() -> None:
         {"resolution": 4096},
         {"value_rate": -0.1},
         {"embedding_rate": float("nan")},
+        {"key_rate": -0.1},
+        {"preservation": 101.0},
+        {"preservation": float("nan")},
         {"temperature": 0.0},
         {"bias": float("inf")},
         {"contexts": 7},
