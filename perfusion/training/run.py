@@ -339,7 +339,10 @@ class Run:
     @property
     def _what_to_lower(self) -> str:
         config = self.trainer.config
-        return f"Lower value_rate (now {config.value_rate:g}) and embedding_rate (now {config.embedding_rate:g})."
+        return (
+            f"Lower value_rate (now {config.value_rate:g}), embedding_rate (now {config.embedding_rate:g}) and key_rate "
+            f"(now {config.key_rate:g})."
+        )
 
     @property
     def _what_is_kept(self) -> str:
