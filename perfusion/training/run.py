@@ -339,10 +339,8 @@ class Run:
     @property
     def _what_to_lower(self) -> str:
         config = self.trainer.config
-        return (
-            f"Lower value_rate (now {config.value_rate:g}), embedding_rate (now {config.embedding_rate:g}) and key_rate "
-            f"(now {config.key_rate:g})."
-        )
+        rates = [f"{name} (now {getattr(config, name):g})" for name in ("value_rate", "embedding_rate", "key_rate")]
+        return f"Lower {rates[0]}, {rates[1]} and {rates[2]}."
 
     @property
     def _what_is_kept(self) -> str:
