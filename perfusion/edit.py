@@ -110,25 +110,46 @@ def gram(i_star: Tensor, d_star: Tensor) -> Tensor:
     return einsum(i_star.double(), d_star.double(), "a d, b d -> a b")
 
 
-def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str]) -> None:
-    """Raise ParallelConceptsError, naming both, when two target inputs (j, d) are near-parallel in the metric."""
-    g = gram(i_star, d_star)
-    read = g / g.diagonal()  # r of each concept (column) at each target input (row)
+def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str], confined: Sequence[bool]) -> None:
+    """Raise ParallelConceptsError, naming both, when two target inputs (j, d) are near-parallel in the metric.
+
+    Two ``confined`` concepts may be: their gates answer to their own words alone.
+    """
+    read = _mutual(i_star, d_star)
     # Every d* has a scale of its own, and a metric where C_within is in it: only the product of both directions is
     # free of scale, the squared cosine where the metric is shared.
     cosine = read.sign() * (read * read.T).clamp_min(0).sqrt()
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
-            if cosine[a, b].abs() > PARALLEL:
+            if cosine[a, b].abs() > PARALLEL and not (confined[a] and confined[b]):
                 raise ParallelConceptsError(
                     f"{names[a]} and {names[b]} are too alike to be combined (cosine {cosine[a, b]:.4f}): their gates "
                     "would answer to each other's word. Switch one of them off, or train it with another placeholder "
                     "and more steps."
                 )
-    if len(names) > 1 and torch.linalg.cond(read) > _MAX_GRAM_CONDITION:
+    others = [k for k in range(len(names)) if not confined[k]]
+    if len(others) > 1 and torch.linalg.cond(read[others][:, others]) > _MAX_GRAM_CONDITION:
         raise ParallelConceptsError(
-            f"{', '.join(names)} together are too alike to be told apart. Switch one of them off."
+            f"{', '.join(names[k] for k in others)} together are too alike to be told apart. Switch one of them off."
         )
+
+
+def _mutual(i_star: Tensor, d_star: Tensor) -> Tensor:
+    """r of each concept (column) at each target input (row), float64. (j, d), (j, d) -> (j, j)."""
+    g = gram(i_star, d_star)
+    return g / g.diagonal()
+
+
+def _dual_basis(i_star: Tensor, d_star: Tensor, *, distinct: bool) -> Tensor:
+    """What reads a = S G^-1 from encodings: (j, d), (j, d) -> (j, d), float64.
+
+    Where target inputs need not be ``distinct`` and two are all but parallel, each has a part of what they share.
+    """
+    g, read = gram(i_star, d_star), _mutual(i_star, d_star)
+    if distinct or torch.linalg.cond(read) < (1 + PARALLEL) / (1 - PARALLEL):
+        return torch.linalg.solve(g.T, d_star.double())
+    own = d_star.double() / g.diagonal().unsqueeze(-1)
+    return torch.linalg.pinv(read.T, rtol=1 - PARALLEL) @ own
 
 
 @dataclass(frozen=True)
@@ -160,24 +181,28 @@ class Directions:
         names: Sequence[str] | None = None,
         *,
         competing: bool = False,
+        confined: Sequence[bool] | None = None,
     ) -> Directions:
         """Stack J concepts: i* and d* (j, d), a gate and a form each; ``competing``, or each by itself as in the paper.
+        ``confined`` says which are at their own words alone, where these are told: see ``KeyValueEdit``.
 
         Raises ParallelConceptsError when two of them cannot be told apart.
         """
         if not (len(i_star) == len(d_star) == len(gates) == len(forms)):
             raise ValueError("i*, d*, gates and forms must be given for the same number of concepts")
-        require_distinct(i_star, d_star, names or [f"concept {j + 1}" for j in range(len(gates))])
+        names = names or [f"concept {j + 1}" for j in range(len(gates))]
+        require_distinct(i_star, d_star, names, confined or [False] * len(gates))
+        distinct = not any(confined or ())
         preserving = torch.tensor([form == "preserving" for form in forms])
         own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
         # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
         subtracted = torch.zeros_like(own)
         if (paper := ~preserving).any():
-            subtracted[paper] = torch.linalg.solve(gram(i_star[paper], d_star[paper]).T, d_star[paper].double())
+            subtracted[paper] = _dual_basis(i_star[paper], d_star[paper], distinct=distinct)
         columns = [own, subtracted]
         competing = competing and len(gates) > 1
         if competing:
-            columns.append(torch.linalg.solve(gram(i_star, d_star).T, d_star.double()))
+            columns.append(_dual_basis(i_star, d_star, distinct=distinct))
         return cls(
             i_star=i_star.float(),
             detector=rearrange(torch.cat(columns), "columns d -> d columns").float().contiguous(),
@@ -212,13 +237,18 @@ class Directions:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
-    def coefficients(self, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def coefficients(
+        self, context: Tensor, owners: Tensor | None = None, confined: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32.
 
-        ``owners`` (b, m, j) bool: whose word each token is, where that is known.
+        ``owners`` (b, m, j) bool: whose word each token is, where that is known. Of concepts that are then ``confined``
+        (j,) to their own words, others take no part: they are there as they are alone.
         """
         with _full_precision(context.device):
-            _, subtracted, opened = self._read(context, owners)
+            r, subtracted, opened = self._read(context, owners)
+            if owners is not None and confined is not None:
+                subtracted = torch.where(confined, r, subtracted)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
             strength = _for_batch(self.strength, len(context), alone=False)
@@ -482,7 +512,8 @@ class KeyValueEdit:
 
     def _compute(self, context: Tensor) -> dict[str, Tensor]:
         owners = self._owners(context)
-        both = self.directions_on(context.device).coefficients(context, owners)
+        confined = self._flags(context.device)[1]
+        both = self.directions_on(context.device).coefficients(context, owners, confined)
         subtracted, opened = (self._kept_in(part, owners) for part in both)
         value = {"v": torch.cat([subtracted, opened], dim=-1).to(context.dtype)}
         shifted = self.key_lock.shifted(context)

@@ -174,6 +174,7 @@ class ConceptStack:
             [c.form for c in concepts],
             [c.placeholder for c in concepts],
             competing=competing,
+            confined=[c.scope == "word" for c in concepts],
         )
         return KeyValueEdit(
             directions if rows is None else directions.varied(rows),

@@ -397,10 +397,10 @@ def test_preserving_gate_is_shut_below_half_its_bias(bias: float, temperature: f
     r = torch.tensor([[1.0 - 2 * share] for share in shares]) * beta / 2
     assert not preserving_gate(r, beta, tau).any()
     assert not preserving_gate(beta / 2, beta, tau).any()
-    just_above = preserving_gate(beta / 2 + tau * torch.tensor([[0.1], [0.5], [50.0]]), beta, tau)
-    assert (just_above.diff(dim=0) > 0).all()
-    assert just_above[0] > 0
-    assert just_above[-1] == pytest.approx(1)
+    above = preserving_gate(torch.stack([beta / 2 + 0.1 * tau, beta / 2 + 0.5 * tau, beta + 50 * tau]), beta, tau)
+    assert (above.diff(dim=0) > 0).all()
+    assert above[0] > 0
+    assert above[-1] == pytest.approx(1)
 
 
 def test_preserving_form_leaves_tokens_without_the_concept_bitwise_alone() -> None:
@@ -548,6 +548,39 @@ def test_alike_but_distinct_concepts_are_taken() -> None:
         world.edit()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cosine", [0.9, 0.996, 1.0])
+def test_however_alike_confined_concepts_are_each_is_at_its_word_what_it_is_alone(form: Form, cosine: float) -> None:
+    world = World(2, form=form)
+    world.i_star[1] = cosine * world.i_star[0] + (1 - cosine) * world.i_star[1]
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    forms = world.forms
+    both = Directions.of(
+        world.i_star, world.d_star, world.gates, forms, competing=True, confined=[True, True]
+    )  # would be refused for others
+    context = world.context(batch=1)
+    words = torch.zeros(1, 77, dtype=torch.long)
+    words[0, 2], words[0, 7] = 11, 22
+    settings: dict[str, Any] = {"numbers": [11, 22], "confined": [True, True]}
+    edit = KeyValueEdit(both, world.e_super, {LAYER: world.o_star}, **settings)
+    untold = edit.project(LAYER, "v", context, world.linear)
+    assert untold.isfinite().all()
+    edit.words = words
+    found = edit.project(LAYER, "v", context, world.linear)
+    for j, (place, number) in enumerate(((2, 11), (7, 22))):
+        one = slice(j, j + 1)
+        alone = KeyValueEdit(
+            Directions.of(world.i_star[one], world.d_star[one], world.gates[one], forms[one]),
+            world.e_super[one],
+            {LAYER: world.o_star[one]},
+            numbers=[number],
+            confined=[True],
+        )
+        alone.words = words
+        assert torch.allclose(found[:, place], alone.project(LAYER, "v", context, world.linear)[:, place], atol=1e-4)
+    assert float((untold - world.linear(context)).abs().max()) < 3 * float((found - world.linear(context)).abs().max())
+
+
 def test_concepts_that_only_together_are_dependent_are_refused() -> None:
     world = World(3)
     world.i_star[2] = world.i_star[0] + world.i_star[1] + 1e-4 * world.i_star[2]
@@ -576,9 +609,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = Directions.coefficients
 
-    def counted(self: Directions, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def counted(self: Directions, *given: Any) -> tuple[Tensor, Tensor]:
         calls.append(1)
-        return original(self, context, owners)
+        return original(self, *given)
 
     monkeypatch.setattr(Directions, "coefficients", counted)
     return calls
