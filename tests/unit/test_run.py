@@ -452,7 +452,7 @@ def test_a_loss_that_is_no_number_keeps_the_best_step(state: Path) -> None:
         host.poison = update.step == 5
 
     run = Run(a_trainer(host=host, steps=9), scorer=Listed({2: 0.9, 4: 0.5}), state=state, every=2, listeners=[poison])
-    with pytest.raises(TrainingError, match=r"loss of step 6 .* Lower value_rate .* step 2 is kept") as failed:
+    with pytest.raises(TrainingError, match=r"loss of step 6 .* Lower value_rate.* step 2 is kept") as failed:
         run.run()
     outcome = failed.value.outcome
     assert outcome is not None
@@ -473,7 +473,7 @@ def test_nothing_to_keep_is_said_too() -> None:
 @pytest.mark.parametrize(("losses", "stops"), [([1.0] * 21 + [8.0] * 20, 30), ([1.0] * 21 + [3.9] * 60, None)])
 def test_a_mean_loss_that_explodes_stops_it(losses: list[float], stops: int | None) -> None:
     """At four times the smallest mean of 20 steps: (20 - n) * 1 + n * 8 > 4 * 20 from the ninth on."""
-    trainer = a_trainer(steps=len(losses), batch_size=16, value_rate=0.0, embedding_rate=0.0)
+    trainer = a_trainer(steps=len(losses), batch_size=16, value_rate=0.0, embedding_rate=0.0, key_rate=0.0)
     done = trainer._step
 
     def step() -> Any:
@@ -486,7 +486,7 @@ def test_a_mean_loss_that_explodes_stops_it(losses: list[float], stops: int | No
     if stops is None:
         assert len(run.run().losses) == len(losses)
         return
-    with pytest.raises(TrainingError, match=r"explodes: .* Lower value_rate \(now 0\) .* step 20 is kept") as failed:
+    with pytest.raises(TrainingError, match=r"explodes: .* Lower value_rate \(now 0\), .* step 20 is kept") as failed:
         run.run()
     assert len(trainer.losses) == stops
     assert failed.value.outcome is not None and failed.value.outcome.best_step == 20
@@ -518,7 +518,7 @@ def test_a_concept_that_no_file_can_hold_explodes_too() -> None:
 
 
 def test_a_rate_of_nothing_learns_nothing_and_ends_well() -> None:
-    trainer = a_trainer(steps=8, value_rate=0.0, embedding_rate=0.0)
+    trainer = a_trainer(steps=8, value_rate=0.0, embedding_rate=0.0, key_rate=0.0)
     outcome = Run(trainer, scorer=LossGateScorer(PROMPTS, samples=4), every=2, patience=1).run()
     assert not outcome.stopped_early
     assert outcome.best_step == 2
