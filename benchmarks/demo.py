@@ -83,7 +83,7 @@ BIASES = (0.6, 0.8, 1.0, 1.2, 1.4)
 STEPS, SEEDS = 250, 4
 TRAINING = TrainingConfig(batch_size=16, micro_batch=0, resolution=SIZE)
 AT_ONCE = 8
-DRAWING: dict[str, Any] = {"steps": 25, "guidance": 5.0, "size": SIZE, "batch": AT_ONCE}
+DRAWING: dict[str, Any] = {"steps": 25, "guidance": 3.0, "size": SIZE, "batch": AT_ONCE}
 
 
 class OutputError(OSError):

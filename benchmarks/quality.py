@@ -44,7 +44,7 @@ from perfusion.training.trainer import Subject, train
 
 from .settings import HEARING, add_settings, config_of
 
-SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 5.0, "size": world.SIZE, "batch": 50}
+SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 3.0, "size": world.SIZE, "batch": 50}
 PLACEHOLDER = "<my-thing>"
 PHOTOS = 5
 _SETTINGS = ("form", "estimator", *HEARING, "value_rate")
