@@ -35,6 +35,7 @@ def info(path: Path) -> dict[str, object]:
         "estimator": concept.estimator,
         "scope": concept.scope,
         "focus": concept.focus,
+        "keys": "the super-category's" if concept.e_key is None else "its own",
         "created": concept.created,
         "digest": concept.digest,
         "training": dict(concept.training),

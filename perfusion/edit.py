@@ -124,8 +124,8 @@ def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str], confi
             if cosine[a, b].abs() > PARALLEL and not (confined[a] and confined[b]):
                 raise ParallelConceptsError(
                     f"{names[a]} and {names[b]} are too alike to be combined (cosine {cosine[a, b]:.4f}): their gates "
-                    "would answer to each other's word. Switch one of them off, or train it with another placeholder "
-                    "and more steps."
+                    "would answer to each other's word. Switch one of them off, or train both with scope word, which "
+                    "keeps them apart."
                 )
     others = [k for k in range(len(names)) if not confined[k]]
     if len(others) > 1 and torch.linalg.cond(read[others][:, others]) > _MAX_GRAM_CONDITION:
