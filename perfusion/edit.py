@@ -20,7 +20,8 @@ multiplied by the concept's share
     softmax_j(a_mj / 0.1)
 
 which is 1 for a concept alone. Where a host tells which tokens are whose word, those are their concept's altogether
-(``benchmarks.multi_concept`` measures all three).
+(``benchmarks.multi_concept`` measures all three). Concepts that are at their own words alone may then be too alike for
+a dual basis: such twins count as one in it, and at its word each subtracts its own r.
 
 Both forms are ``W e_m`` plus a correction of rank 2J whose coefficients depend on the text alone: they are computed
 once per context, in float32 with autocast off, and serve every layer.
@@ -110,27 +111,22 @@ def gram(i_star: Tensor, d_star: Tensor) -> Tensor:
     return einsum(i_star.double(), d_star.double(), "a d, b d -> a b")
 
 
-def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str], confined: Sequence[bool]) -> None:
-    """Raise ParallelConceptsError, naming both, when two target inputs (j, d) are near-parallel in the metric.
-
-    Two ``confined`` concepts may be: their gates answer to their own words alone.
-    """
+def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str]) -> None:
+    """Raise ParallelConceptsError, naming both, when two target inputs (j, d) are near-parallel in the metric."""
     read = _mutual(i_star, d_star)
-    # Every d* has a scale of its own, and a metric where C_within is in it: only the product of both directions is
-    # free of scale, the squared cosine where the metric is shared.
-    cosine = read.sign() * (read * read.T).clamp_min(0).sqrt()
+    near = _near_parallel(read)
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
-            if cosine[a, b].abs() > PARALLEL and not (confined[a] and confined[b]):
+            if near[a, b]:
+                cosine = float(_cosines(read)[a, b])
                 raise ParallelConceptsError(
-                    f"{names[a]} and {names[b]} are too alike to be combined (cosine {cosine[a, b]:.4f}): their gates "
+                    f"{names[a]} and {names[b]} are too alike to be combined (cosine {cosine:.4f}): their gates "
                     "would answer to each other's word. Switch one of them off, or train both with scope word, which "
                     "keeps them apart."
                 )
-    others = [k for k in range(len(names)) if not confined[k]]
-    if len(others) > 1 and torch.linalg.cond(read[others][:, others]) > _MAX_GRAM_CONDITION:
+    if len(names) > 1 and torch.linalg.cond(read) > _MAX_GRAM_CONDITION:
         raise ParallelConceptsError(
-            f"{', '.join(names[k] for k in others)} together are too alike to be told apart. Switch one of them off."
+            f"{', '.join(names)} together are too alike to be told apart. Switch one of them off."
         )
 
 
@@ -140,16 +136,33 @@ def _mutual(i_star: Tensor, d_star: Tensor) -> Tensor:
     return g / g.diagonal()
 
 
-def _dual_basis(i_star: Tensor, d_star: Tensor, *, distinct: bool) -> Tensor:
-    """What reads a = S G^-1 from encodings: (j, d), (j, d) -> (j, d), float64.
+def _cosines(read: Tensor) -> Tensor:
+    """Between target inputs, by what ``_mutual`` says: (j, j)."""
+    # Every d* has a scale of its own, and a metric where C_within is in it: only the product of both directions is
+    # free of scale, the squared cosine where the metric is shared.
+    return read.sign() * (read * read.T).clamp_min(0).sqrt()
 
-    Where target inputs need not be ``distinct`` and two are all but parallel, each has a part of what they share.
-    """
-    g, read = gram(i_star, d_star), _mutual(i_star, d_star)
-    if distinct or torch.linalg.cond(read) < (1 + PARALLEL) / (1 - PARALLEL):
-        return torch.linalg.solve(g.T, d_star.double())
-    own = d_star.double() / g.diagonal().unsqueeze(-1)
-    return torch.linalg.pinv(read.T, rtol=1 - PARALLEL) @ own
+
+def _near_parallel(read: Tensor) -> Tensor:
+    """Which target inputs are, (j, j) bool."""
+    return _cosines(read).abs() > PARALLEL
+
+
+def _twins(i_star: Tensor, d_star: Tensor, confined: Sequence[bool]) -> list[int]:
+    """For each concept, the first that it is a twin of, itself where of none: confined ones, near-parallel in a row."""
+    near, first = _near_parallel(_mutual(i_star, d_star)), list(range(len(i_star)))
+    for b in range(len(first)):
+        for a in range(b):
+            if near[a, b] and confined[a] and confined[b]:
+                first = [min(first[a], first[b]) if each in (first[a], first[b]) else each for each in first]
+    return first
+
+
+def _dual_basis(i_star: Tensor, d_star: Tensor, first: Sequence[int]) -> Tensor:
+    """What reads a = S G^-1 from encodings: (j, d), (j, d) -> (j, d), float64; of twins, all read that of the first."""
+    distinct = sorted(set(first))
+    basis = torch.linalg.solve(gram(i_star[distinct], d_star[distinct]).T, d_star[distinct].double())
+    return basis[[distinct.index(each) for each in first]]
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,8 @@ class Directions:
     ``detector`` (d, 3j) gives r in its first J columns, what is subtracted in the next, and a = S G^-1 of all concepts,
     by which they compete, in the last; where they do not, it is (d, 2j). ``preserving`` is (j,), and so are ``bias``,
     ``temperature``, ``strength`` and ``focus_share``, or (rows, 1, j) where each row of a batch has gates of its own.
+    ``twins`` (j,) are confined concepts so alike that only being told whose word is whose keeps them apart: at told
+    words, their r is subtracted.
     """
 
     i_star: Tensor
@@ -168,7 +183,9 @@ class Directions:
     strength: Tensor
     focus_share: Tensor
     preserving: Tensor
+    twins: Tensor
     any_preserving: bool
+    any_twins: bool
     competing: bool
 
     @classmethod
@@ -184,25 +201,30 @@ class Directions:
         confined: Sequence[bool] | None = None,
     ) -> Directions:
         """Stack J concepts: i* and d* (j, d), a gate and a form each; ``competing``, or each by itself as in the paper.
-        ``confined`` says which are at their own words alone, where these are told: see ``KeyValueEdit``.
+        ``confined`` says which are at their own words alone, where these are told (``KeyValueEdit``); these may be as
+        alike as they like.
 
         Raises ParallelConceptsError when two of them cannot be told apart.
         """
         if not (len(i_star) == len(d_star) == len(gates) == len(forms)):
             raise ValueError("i*, d*, gates and forms must be given for the same number of concepts")
         names = names or [f"concept {j + 1}" for j in range(len(gates))]
-        require_distinct(i_star, d_star, names, confined or [False] * len(gates))
-        distinct = not any(confined or ())
+        first = _twins(i_star, d_star, confined or [False] * len(gates))
+        distinct = sorted(set(first))
+        require_distinct(i_star[distinct], d_star[distinct], [names[k] for k in distinct])
+        together = torch.tensor([first.count(each) for each in first])
         preserving = torch.tensor([form == "preserving" for form in forms])
         own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
         # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
         subtracted = torch.zeros_like(own)
         if (paper := ~preserving).any():
-            subtracted[paper] = _dual_basis(i_star[paper], d_star[paper], distinct=distinct)
+            of_paper = [each for each, is_paper in zip(first, paper.tolist(), strict=True) if is_paper]
+            basis = _dual_basis(i_star[paper], d_star[paper], [of_paper.index(each) for each in of_paper])
+            subtracted[paper] = basis / together[paper].unsqueeze(-1)
         columns = [own, subtracted]
         competing = competing and len(gates) > 1
         if competing:
-            columns.append(_dual_basis(i_star, d_star, distinct=distinct))
+            columns.append(_dual_basis(i_star, d_star, first))
         return cls(
             i_star=i_star.float(),
             detector=rearrange(torch.cat(columns), "columns d -> d columns").float().contiguous(),
@@ -211,7 +233,9 @@ class Directions:
             strength=torch.tensor([g.strength for g in gates]),
             focus_share=torch.tensor([g.focus_share for g in gates]),
             preserving=preserving,
+            twins=together > 1,
             any_preserving="preserving" in forms,
+            any_twins=len(distinct) < len(first),
             competing=competing,
         )
 
@@ -237,18 +261,15 @@ class Directions:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
-    def coefficients(
-        self, context: Tensor, owners: Tensor | None = None, confined: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def coefficients(self, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32.
 
-        ``owners`` (b, m, j) bool: whose word each token is, where that is known. Of concepts that are then ``confined``
-        (j,) to their own words, others take no part: they are there as they are alone.
+        ``owners`` (b, m, j) bool: whose word each token is, where that is known.
         """
         with _full_precision(context.device):
             r, subtracted, opened = self._read(context, owners)
-            if owners is not None and confined is not None:
-                subtracted = torch.where(confined, r, subtracted)
+            if owners is not None and self.any_twins:
+                subtracted = torch.where(self.twins, r, subtracted)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
             strength = _for_batch(self.strength, len(context), alone=False)
@@ -308,7 +329,7 @@ def of_own_word(belonging: Tensor) -> Tensor:
 
 
 def _through(linear: Callable[[Tensor], Tensor], tokens: Tensor, *behind: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``linear`` makes of tokens (b, m, d) and, in the same call, of vectors (n, d) behind them: (b, n, i)."""
+    """What ``linear`` makes of tokens (b, m, d) and, in the same call, of all vectors behind them, (n, d) each."""
     length = tokens.shape[1]
     vectors = [each.to(tokens).expand(len(tokens), *each.shape) for each in behind]
     projected = linear(torch.cat([tokens, *vectors], dim=1))
@@ -512,8 +533,7 @@ class KeyValueEdit:
 
     def _compute(self, context: Tensor) -> dict[str, Tensor]:
         owners = self._owners(context)
-        confined = self._flags(context.device)[1]
-        both = self.directions_on(context.device).coefficients(context, owners, confined)
+        both = self.directions_on(context.device).coefficients(context, owners)
         subtracted, opened = (self._kept_in(part, owners) for part in both)
         value = {"v": torch.cat([subtracted, opened], dim=-1).to(context.dtype)}
         shifted = self.key_lock.shifted(context)

@@ -42,9 +42,9 @@ class ScopedText:
         plain = self.plain(prompts, word)
         return among(self._host.encode(prompts, word, until_word=True), plain)
 
-    def prepare(self, prompts: Sequence[str], word: Word) -> None:
-        """Encode now what can be kept of these prompts, so that no later call has to."""
-        if self._scope == "word" and self._most:
+    def prepare(self, prompts: Sequence[str], word: Word, *, plain: bool = False) -> None:
+        """Encode now what can be kept of these prompts, so that no later call has to; ``plain`` ones are wanted too."""
+        if (plain or self._scope == "word") and self._most:
             self.plain(prompts[: self._most], word)
 
     def plain(self, prompts: Sequence[str], word: Word) -> Encodings:

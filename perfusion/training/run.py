@@ -339,8 +339,9 @@ class Run:
     @property
     def _what_to_lower(self) -> str:
         config = self.trainer.config
-        rates = [f"{name} (now {getattr(config, name):g})" for name in ("value_rate", "embedding_rate", "key_rate")]
-        return f"Lower {rates[0]}, {rates[1]} and {rates[2]}."
+        names = ["value_rate", "embedding_rate", *(["key_rate"] if config.key_rate else [])]
+        *rates, last = [f"{name} (now {getattr(config, name):g})" for name in names]
+        return f"Lower {', '.join(rates)} and {last}."
 
     @property
     def _what_is_kept(self) -> str:

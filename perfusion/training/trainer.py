@@ -46,6 +46,7 @@ _CAPTIONS_AT_ONCE = 32
 _CAPTIONS_KEPT = 256  # encoded once for the whole training; in SDXL one takes 0.6 MB
 _FEWEST_CONTEXTS = 8
 _FOLLOWED = ("i_star", "d_star", "e_super")
+_WHOLE = 1e-3
 _MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}  # of the gradient, as Adam calls them
 
 
@@ -210,11 +211,14 @@ class Trainer:
         return self._concept(i_star, d_star, {}), loss
 
     def fixed_loss(self) -> float:
-        """The loss on noise, noise levels, photos and captions that are always the same: comparable between steps."""
+        """The error at the thing on noise, noise levels, photos and captions that are always the same: comparable
+        between steps. What a step reports has more in it, where something is to be preserved.
+        """
         return self.loss_on(_FIXED_DRAW, _FIXED_SAMPLES, self.word, self._edit)
 
     def loss_on(self, draw: int, samples: int, word: Word, edit: KeyValueEdit | None) -> float:
-        """The loss of any word and edit, without gradient, on ``samples`` draws: the same ones for the same ``draw``.
+        """The error at the thing of any word and edit, without gradient, on ``samples`` draws: the same ones for the
+        same ``draw``.
 
         Training itself has others: ``draw``, 1 or more, is added to its seed.
         """
@@ -298,7 +302,7 @@ class Trainer:
                 raise ValueError(f"{name} holds numbers that are not finite")
 
     def _start(self) -> None:
-        """Everything starts at the super-category: embeddings, target values, i* and the keys' e_super."""
+        """Everything starts at the super-category: embeddings, target values, i*, and what keys are locked to."""
         host, subject, config = self.host, self.subject, self.config
         rows = require_words(host, subject)
         self.embeddings = {name: _resample(r, config.vectors).requires_grad_() for name, r in rows.items()}
@@ -314,7 +318,7 @@ class Trainer:
         self.e_key = self.e_super.unsqueeze(0).clone().requires_grad_() if config.key_rate else None
         self._locate()
         self._require_words_in_reach()
-        self._text.prepare(self.captions.prompts, self.word)
+        self._text.prepare(self.captions.prompts, self.word, plain=config.preservation > 0)
 
     def _require_words_in_reach(self) -> None:
         """Raise TrainingError for a caption whose word the encoder would not see, before anything is learned."""
@@ -446,7 +450,8 @@ class Trainer:
         noised = self._noised(batch)
         own, mask = None, noised.weights / noised.weights.amax((1, 2, 3), keepdim=True)
         elsewhere = 1 - mask
-        if self.config.preservation and bool(elsewhere.any()):
+        # A mask of the whole photo comes out of resizing as ones to the last digits.
+        if self.config.preservation and bool((elsewhere > _WHOLE).any()):
             prompts = [self.captions.prompts[number] for number in batch.prompt.tolist()]
             with torch.no_grad():
                 own = self._prediction(noised, self._text.plain(prompts, self.word), None)

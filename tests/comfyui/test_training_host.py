@@ -30,7 +30,10 @@ class Training:
         trainer = self.pack.module("perfusion.training.trainer")
         generator = torch.Generator().manual_seed(3)
         images = [torch.rand(64, 64, 3, generator=generator) for _ in range(3)]
-        photos = self.pack.module("perfusion.training.dataset").prepare(self.host, images, None, 64)
+        masks = [torch.zeros(64, 64) for _ in images]
+        for mask in masks:
+            mask[8:, 8:56] = 1  # what is around it is to be preserved
+        photos = self.pack.module("perfusion.training.dataset").prepare(self.host, images, masks, 64)
         settings = {"steps": 4, "batch_size": 2, "micro_batch": 0, "resolution": 64, "contexts": 8} | settings
         subject = trainer.Subject("<my-teddy>", "teddy bear")
         callbacks = [callback] if callback else []

@@ -23,7 +23,7 @@ from perfusion.statistics import measure
 from perfusion.training import checkpoint
 from perfusion.training import trainer as trainer_module
 from perfusion.training.checkpoint import ResumeError, restore, save
-from perfusion.training.config import TrainingConfig
+from perfusion.training.config import BEFORE, TrainingConfig
 from perfusion.training.dataset import prepare
 from perfusion.training.trainer import Subject, Trainer
 from tests.unit.fake_host import FakeHost
@@ -163,6 +163,20 @@ def test_another_setting_is_named(file: Path, name: str) -> None:
 
 def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def test_a_training_that_is_older_than_a_setting_goes_on_as_it_began(tmp_path: Path) -> None:
+    old = {name: value for name, value in BEFORE.items() if name != "companions"}
+    trainer, path = a_trainer(**old), tmp_path / "old.safetensors"
+    trainer.step()
+    known = {name: value for name, value in checkpoint.settings(trainer).items() if name not in BEFORE}
+    save(path, trainer, known=known)
+    resumed = a_trainer(**{**old, "companions": BEFORE["companions"]})
+    restore(path, resumed)
+    assert_same(resumed, trainer)
+    for name in ("key_rate", "preservation"):
+        told = refusal(path, a_trainer(**{**old, "companions": 0, name: 0.5}))
+        assert f"learned with {name} 0.0, now" in told
 
 
 def test_every_setting_that_differs_is_named(file: Path) -> None:

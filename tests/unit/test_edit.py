@@ -549,7 +549,7 @@ def test_alike_but_distinct_concepts_are_taken() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cosine", [0.9, 0.996, 1.0])
+@pytest.mark.parametrize("cosine", [0.9999, 1.0])
 def test_however_alike_confined_concepts_are_each_is_at_its_word_what_it_is_alone(form: Form, cosine: float) -> None:
     world = World(2, form=form)
     world.i_star[1] = cosine * world.i_star[0] + (1 - cosine) * world.i_star[1]
@@ -579,6 +579,43 @@ def test_however_alike_confined_concepts_are_each_is_at_its_word_what_it_is_alon
         alone.words = words
         assert torch.allclose(found[:, place], alone.project(LAYER, "v", context, world.linear)[:, place], atol=1e-4)
     assert float((untold - world.linear(context)).abs().max()) < 3 * float((found - world.linear(context)).abs().max())
+
+
+def test_twins_leave_others_what_they_are() -> None:
+    """Concepts that are confined and all but parallel count as one where others are told from them."""
+    world = World(4)
+    world.i_star[1] = world.i_star[0] + 1e-5 * world.i_star[1]
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    kept = [0, 2, 3]
+    found = Directions.of(world.i_star, world.d_star, world.gates, world.forms, confined=[True, True, False, False])
+    without = Directions.of(
+        world.i_star[kept], world.d_star[kept], [world.gates[k] for k in kept], [world.forms[k] for k in kept]
+    )
+    context = world.context()
+    for both, one in zip(found.coefficients(context), without.coefficients(context), strict=True):
+        assert torch.allclose(both[..., 2:], one[..., 1:], atol=1e-3)
+    subtracted, alone = found.coefficients(context)[0], without.coefficients(context)[0]
+    assert torch.allclose(subtracted[..., :2].sum(-1), alone[..., 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_many_alike_but_distinct_concepts_are_told_apart_beside_a_confined_one(count: int) -> None:
+    world = World(count + 1, width=40)
+    for j in range(1, count):
+        world.i_star[j] = 0.9 * world.i_star[0] + 0.4 * world.i_star[j]
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    confined = [False] * count + [True]
+    settings = world.i_star, world.d_star, world.gates, world.forms
+    found = Directions.of(*settings, competing=True, confined=confined)
+    assert torch.equal(found.detector, Directions.of(*settings, competing=True).detector)
+
+
+def test_a_concept_that_is_the_sum_of_confined_ones_is_refused() -> None:
+    world = World(3)
+    world.i_star[2] = world.i_star[0] + world.i_star[1] + 1e-4 * world.i_star[2]
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    with pytest.raises(ParallelConceptsError, match="together are too alike"):
+        Directions.of(world.i_star, world.d_star, world.gates, world.forms, confined=[True, True, False])
 
 
 def test_concepts_that_only_together_are_dependent_are_refused() -> None:

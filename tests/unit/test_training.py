@@ -233,9 +233,10 @@ def test_elsewhere_the_prediction_is_to_stay_that_of_the_super_category(scope: s
     assert trainer.step().loss - alone.step().loss == pytest.approx(3 * float(drift), rel=1e-3)
 
 
-def test_where_all_of_the_photos_is_the_thing_there_is_nothing_to_preserve() -> None:
+@pytest.mark.parametrize("size", [(64, 64), (70, 90), (302, 403)])
+def test_where_all_of_the_photos_is_the_thing_there_is_nothing_to_preserve(size: tuple[int, int]) -> None:
     host = FakeHost()
-    pictures = prepare(host, [torch.rand(64, 64, 3)], None, 64)
+    pictures = prepare(host, [torch.rand(*size, 3)], None, 64)
     trainer = a_trainer(host=host, pictures=pictures)
     host.calls = 0
     trainer.step()

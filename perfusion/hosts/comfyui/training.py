@@ -167,8 +167,8 @@ class ComfyHost:
         places: Places | None = None,
     ) -> Tensor:
         """See ``Host.denoise``. SDXL is told the sizes, other families don't ask."""
-        if self._visited and torch.is_grad_enabled():
-            # A step needs the room that was taken meanwhile.
+        if self._visited and (torch.is_grad_enabled() or edit is None):
+            # A step needs the room that was taken meanwhile, and begins with what the model does without the concept.
             self.reload(_EVERYTHING)
             self._visited = False
         # It stays in force behind this call: checkpointed blocks are computed again in the backward pass.
