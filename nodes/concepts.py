@@ -34,7 +34,7 @@ class PerfusionSaveConcept(io.ComfyNode):
             node_id="PerfusionSaveConcept",
             display_name="Save Concept",
             category="Perfusion/concepts",
-            description="Saves a trained concept to output/perfusion, a file of about 31 KB. Nothing is overwritten.",
+            description="Saves a trained concept to output/perfusion, a file of about 35 KB. Nothing is overwritten.",
             search_aliases=["perfusion save", "export concept", "personalization"],
             is_output_node=True,
             inputs=[

@@ -65,7 +65,7 @@ LAYOUTS: dict[str, Layout] = {
         "1. Choose your checkpoint, and 1 to 10 photos of one thing, each with a mask (white where the thing is).\n"
         "2. Say what kind of thing it is (super-category) and which word shall stand for it (placeholder).\n"
         "3. Write the placeholder into the prompt, where it would name the thing.\n"
-        "4. Run. The concept is kept in output/perfusion under the placeholder's name, about 31 KB.",
+        "4. Run. The concept is kept in output/perfusion under the placeholder's name, about 35 KB.",
     ),
     "two_concepts": Layout(
         [
