@@ -93,7 +93,7 @@ class TrainingConfig:
     preservation: float = _setting(
         2.0,
         "How much it counts that all but the thing is left as the model draws it for the super-category; this takes "
-        "about a third more time. 0: not at all, as in the paper.",
+        "another pass of the network in each step. 0: not at all, as in the paper.",
     )
     contexts: int = _setting(240, "In how many varied captions the word is looked at to find it in any prompt.")
     vectors: int = _setting(1, "How many token embeddings the word has.")
