@@ -4,9 +4,9 @@ The file holds, in half precision, per text encoder the word's embeddings; the t
 super-category's encoding e_super and, where it was learned, the encoding e_key that keys are locked to in its place,
 each (d,); and the target values of all layers one after the other, in half precision or, for families with many of
 them, in 8 bits (``quantization``). Keys are never stored: they are those of e_key or e_super and follow the model in
-use. Values follow it too: what is stored is their difference to W_V e_super
-of the model they were learned on, or, in files of some format versions, o*_V itself. Metadata (all text) says
-for which family, word and super-category, and how it was trained; the ModelSpec 1.0.1 keys tell other programs.
+use. Values follow it too: what is stored is their difference to W_V e_super of the model they were learned on, or, in
+files of some format versions, o*_V itself. Metadata (all text) says for which family, word and super-category, and how
+it was trained; the ModelSpec 1.0.1 keys tell other programs.
 """
 
 from __future__ import annotations

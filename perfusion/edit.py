@@ -114,13 +114,12 @@ def gram(i_star: Tensor, d_star: Tensor) -> Tensor:
 def require_distinct(i_star: Tensor, d_star: Tensor, names: Sequence[str]) -> None:
     """Raise ParallelConceptsError, naming both, when two target inputs (j, d) are near-parallel in the metric."""
     read = _mutual(i_star, d_star)
-    near = _near_parallel(read)
+    cosine = _cosines(read)
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
-            if near[a, b]:
-                cosine = float(_cosines(read)[a, b])
+            if cosine[a, b].abs() > PARALLEL:
                 raise ParallelConceptsError(
-                    f"{names[a]} and {names[b]} are too alike to be combined (cosine {cosine:.4f}): their gates "
+                    f"{names[a]} and {names[b]} are too alike to be combined (cosine {cosine[a, b]:.4f}): their gates "
                     "would answer to each other's word. Switch one of them off, or train both with scope word, which "
                     "keeps them apart."
                 )
@@ -143,14 +142,9 @@ def _cosines(read: Tensor) -> Tensor:
     return read.sign() * (read * read.T).clamp_min(0).sqrt()
 
 
-def _near_parallel(read: Tensor) -> Tensor:
-    """Which target inputs are, (j, j) bool."""
-    return _cosines(read).abs() > PARALLEL
-
-
 def _twins(i_star: Tensor, d_star: Tensor, confined: Sequence[bool]) -> list[int]:
     """For each concept, the first that it is a twin of, itself where of none: confined ones, near-parallel in a row."""
-    near, first = _near_parallel(_mutual(i_star, d_star)), list(range(len(i_star)))
+    near, first = _cosines(_mutual(i_star, d_star)).abs() > PARALLEL, list(range(len(i_star)))
     for b in range(len(first)):
         for a in range(b):
             if near[a, b] and confined[a] and confined[b]:

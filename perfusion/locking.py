@@ -1,9 +1,9 @@
 """Key locking (Tewel et al. 2023): a concept attends as its super-category does.
 
 Locally, the keys of the concept's own token are those of the super-category: o*_K = W_K e_super in the gated edit. A
-concept may have learned another encoding e_key in place of e_super, close to it.
-Globally, every key is computed from the prompt's encoding with the super-category standing in the concept's place;
-values keep the concept's encoding. Global locking gives richer scenes and more variation, local locking more fidelity.
+concept may have learned another encoding e_key in place of e_super, close to it. Globally, every key is computed from
+the prompt's encoding with the super-category standing in the concept's place, whatever e_key is; values keep the
+concept's encoding. Global locking gives richer scenes and more variation, local locking more fidelity.
 """
 
 from __future__ import annotations

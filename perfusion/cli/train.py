@@ -199,7 +199,7 @@ def _digest(job: Job) -> str:
         facts = path.stat()
         stamps.append([str(path), facts.st_size, facts.st_mtime_ns])
     settings = asdict(job.config)
-    for name in BEFORE.keys() - {"scope"}:
+    for name in BEFORE.keys() - {"scope"}:  # which all records tell
         if settings[name] == BEFORE[name]:
             del settings[name]  # as records say that are older than the choice
     content = [_RECORD_FORMAT, {name: str(value) for name, value in told.items()}, settings, stamps]

@@ -146,16 +146,11 @@ class TrainingConfig:
         the thing in them, and any noise alike.
         """
         setup = {
+            **BEFORE,  # each of them came as a choice beside the paper's
             "steps": 400,
             "rates": "absolute",
             "value_rate": 0.03,
             "embedding_rate": 0.006,
             "estimator": "paper",
-            "scope": "prompt",
-            "focus": 1.0,
-            "companions": 0,
-            "timesteps": "uniform",
-            "key_rate": 0.0,
-            "preservation": 0.0,
         }
         return cls(**{**setup, **changes})

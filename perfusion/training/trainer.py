@@ -448,8 +448,7 @@ class Trainer:
         The model's own is its prediction of the same noisy photo with the super-category in the word's place.
         """
         noised = self._noised(batch)
-        own, mask = None, noised.weights / noised.weights.amax((1, 2, 3), keepdim=True)
-        elsewhere = 1 - mask
+        elsewhere, own = 1 - noised.weights / noised.weights.amax((1, 2, 3), keepdim=True), None
         # A mask of the whole photo comes out of resizing as ones to the last digits.
         if self.config.preservation and bool((elsewhere > _WHOLE).any()):
             prompts = [self.captions.prompts[number] for number in batch.prompt.tolist()]

@@ -452,7 +452,7 @@ def test_a_loss_that_is_no_number_keeps_the_best_step(state: Path) -> None:
         host.poison = update.step == 5
 
     run = Run(a_trainer(host=host, steps=9), scorer=Listed({2: 0.9, 4: 0.5}), state=state, every=2, listeners=[poison])
-    with pytest.raises(TrainingError, match=r"loss of step 6 .* Lower value_rate.* step 2 is kept") as failed:
+    with pytest.raises(TrainingError, match=r"loss of step 6 .* Lower value_rate, .* step 2 is kept") as failed:
         run.run()
     outcome = failed.value.outcome
     assert outcome is not None
@@ -498,7 +498,8 @@ def test_small_batches_vary_more_and_are_given_more_steps() -> None:
 
 def test_a_rate_far_too_high_explodes_and_keeps_the_last_good_step() -> None:
     trainer = a_trainer(steps=200, value_rate=10.0, embedding_rate=10.0, scope="prompt")
-    with pytest.raises(TrainingError, match=r"Lower value_rate \(now 10\), embedding_rate") as failed:
+    lower = r"Lower value_rate \(now 10\), embedding_rate \(now 10\) and key_rate \(now 0\.02\)\."
+    with pytest.raises(TrainingError, match=lower) as failed:
         Run(trainer, every=5).run()
     outcome = failed.value.outcome
     assert outcome is not None
