@@ -404,7 +404,8 @@ class KeyValueEdit:
     at their own words alone, whatever r is elsewhere: W e_m of all other tokens stays as it is.
 
     Concepts of a ``focus`` (j,) above 1 have their words looked at more: a host that can adds what ``focus()`` says
-    before the softmax of cross-attention, for several concepts place by place (``places``).
+    before the softmax of cross-attention, for several concepts place by place (``places``), those of the same number in
+    ``kinds`` (j,) side by side.
     """
 
     def __init__(
@@ -418,11 +419,13 @@ class KeyValueEdit:
         confined: Sequence[bool] | None = None,
         focus: Sequence[float] | None = None,
         e_key: Tensor | None = None,
+        kinds: Sequence[int] | None = None,
     ):
         # Words are looked at no more where their concept's focus is 1 or none of it is wanted, in any row.
         looked_at = directions.focus_share.reshape(-1, len(directions)).amax(0) > 0
         factors = torch.tensor(focus or [1.0] * len(directions)).float().log() * looked_at.cpu()
         self._focus = factors if bool(factors.any()) else None
+        self._kinds = kinds
         self._confined = torch.tensor(confined) if confined and any(confined) else None
         self._flags_on: dict[torch.device, tuple[Any, ...]] = {}
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
@@ -511,7 +514,7 @@ class KeyValueEdit:
         with torch.no_grad(), _full_precision(context.device):
             counting = self.directions_on(context.device).focused(context)
             share = counting * self.gates(context) * of_own_word(self.belonging(context))
-            return Focus(share * self._flags(context.device)[2].to(share))
+            return Focus(share * self._flags(context.device)[2].to(share), self._kinds)
 
     def _owners(self, context: Tensor) -> Tensor | None:
         """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""

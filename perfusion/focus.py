@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,12 @@ class Focus:
     """What is added for the words of J concepts in one context: ``parts`` (b, m, j), float32, 0 for other tokens.
 
     ``everywhere`` (b, 1, m) is that of all of them, the same at all places; ``most`` (b, j) the most that is added for
-    a word of each.
+    a word of each. Concepts of the same number in ``kinds`` (j,) are of one kind; without, each is of its own.
     """
 
-    def __init__(self, parts: Tensor):
+    def __init__(self, parts: Tensor, kinds: Sequence[int] | None = None):
         self.parts = parts
+        self.kinds = range(parts.shape[-1]) if kinds is None else kinds
         self.everywhere = parts.sum(-1).unsqueeze(1)
         self.most = parts.amax(1)
 

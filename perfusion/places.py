@@ -74,7 +74,7 @@ class Places:
         if not known:
             return None
         if size not in self._shares or self._shares[size][0] != len(known):
-            self._shares[size] = len(known), _shares(known, focus.most, size)
+            self._shares[size] = len(known), _shares(known, focus, size)
         return self._shares[size][1]
 
     @property
@@ -83,17 +83,38 @@ class Places:
         return torch.stack(self._maps).mean(0) if self._maps else None
 
 
-def _shares(said: Sequence[Tensor], most: Tensor, size: Size) -> Tensor:
+def _shares(said: Sequence[Tensor], focus: Focus, size: Size) -> Tensor:
+    most = focus.most
     mean, present = torch.stack(list(said)).mean(0), most > 0
     spread = mean.flatten(2).std(-1, correction=0)
     sigma = (spread * present).sum(-1) / present.sum(-1).clamp_min(1)
     weight = (most / most.amax(1, keepdim=True).clamp_min(_LEAST)).log()  # of one that is not present, minus infinity
     z = _SHARPNESS * mean / rearrange(sigma.clamp_min(_LEAST), "b -> b 1 1 1") + rearrange(weight, "b j -> b j 1 1")
     shares = torch.softmax(pad(z, (0, 0, 0, 0, 0, 1)), 1)[:, :-1]  # the last is nobody
+    for kind in sorted(set(focus.kinds)):
+        members = [j for j, other in enumerate(focus.kinds) if other == kind]
+        if len(members) > 1:
+            shares[:, members] = _side_by_side(shares[:, members], focus.parts[..., members] > 0)
     # Of a concept that was not in yet nothing was said.
     asked = (~present | (spread > 0)).all(1)
     shares = torch.where(rearrange(asked, "b -> b 1 1 1"), shares, torch.ones_like(shares))
     return rearrange(_resized(shares, size), "b j h w -> b (h w) j")
+
+
+def _side_by_side(shares: Tensor, words: Tensor) -> Tensor:
+    """Shares (b, n, h, w) of concepts of one kind, from left to right in the order of their words (b, m, n) bool."""
+    present = words.any(1)
+    count = rearrange(present.sum(1).clamp_min(1), "b -> b 1")
+    first = torch.where(present, words.int().argmax(1), words.shape[1])
+    rank = rearrange(first.argsort(1).argsort(1), "b n -> b n 1")
+    together = shares.sum(1)
+    mass = together.sum(1) + _LEAST  # of each column
+    part = count * mass / mass.sum(-1, keepdim=True)
+    end = rearrange(part.cumsum(-1), "b w -> b 1 w")
+    part = rearrange(part, "b w -> b 1 w")
+    overlap = (torch.minimum(end, rank + 1) - torch.maximum(end - part, rank)).clamp_min(0) / part
+    apart = torch.einsum("bhw,bnw->bnhw", together, overlap) * rearrange(present, "b n -> b n 1 1")
+    return torch.where(rearrange(count > 1, "b 1 -> b 1 1 1"), apart, shares)
 
 
 def _resized(maps: Tensor, size: Size) -> Tensor:

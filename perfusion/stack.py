@@ -168,6 +168,7 @@ class ConceptStack:
         """
         concepts = self.concepts
         confined = [concept.scope == "word" for concept in concepts]
+        kinds = [concept.super_category.strip().lower() for concept in concepts]
         directions = Directions.of(
             torch.stack([c.i_star for c in concepts]),
             torch.stack([c.d_star for c in concepts]),
@@ -187,6 +188,7 @@ class ConceptStack:
             confined,
             [concept.focus for concept in concepts],
             torch.stack([c.e_super if c.e_key is None else c.e_key for c in concepts]),
+            [kinds.index(kind) for kind in kinds],
         )
 
 

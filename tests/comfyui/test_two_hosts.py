@@ -45,6 +45,19 @@ class TwoHosts:
         one = replace(self.lab.concept(), **changes)
         return self.lab.stack(one, self.lab.concept(CAT, "cat", seed=1, vectors=3, form="preserving"), lock=lock)
 
+    def stack_of_kin(self, kind: str = "teddy bear") -> Any:
+        """Two concepts whose words are looked at more, the second of a kind that may be the first's."""
+        one = replace(self.lab.concept(), focus=30.0)
+        return self.lab.stack(one, replace(self.lab.concept(CAT, kind, seed=1), focus=30.0), lock="local")
+
+    def draw(self, stack: Any, prompt: str, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+        """The latent of a small picture, by diffusers."""
+        monkeypatch.setattr(self.diffusers, "decode_latents", lambda latents: latents)
+        size = 8 * self.diffusers.latent_scale
+        return self.package.draw(
+            self.diffusers, stack, [prompt], [11], steps=4, guidance=4.0, size=size, negative="blurry"
+        )
+
 
 def diffusers_parts() -> SimpleNamespace:
     """The weights of ``miniature_parts`` in the classes of diffusers and transformers."""
@@ -150,17 +163,21 @@ def test_latents(hosts: TwoHosts, lock: str, focus: float, monkeypatch: pytest.M
         assert shift.any()
         assert torch.allclose(positive[0][1]["model_conds"]["perfusion_key_shift"].cond, shift, atol=1e-5)
     expected = lab.sample(model, positive, negative, steps=4, seed=11) * 0.18215
-    monkeypatch.setattr(hosts.diffusers, "decode_latents", lambda latents: latents)
-    found = hosts.package.draw(
-        hosts.diffusers,
-        stack,
-        [prompt],
-        [11],
-        steps=4,
-        guidance=4.0,
-        size=8 * hosts.diffusers.latent_scale,
-        negative="blurry",
-    )
-    assert torch.allclose(found, expected, atol=1e-3)
+    assert torch.allclose(hosts.draw(stack, prompt, monkeypatch), expected, atol=1e-3)
+    lab.forget()
+    lab.assert_untouched()
+
+
+def test_two_of_one_kind(hosts: TwoHosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand side by side in both hosts alike; the order of their words says how, and nothing else does."""
+    lab, stack, seen = hosts.lab, hosts.stack_of_kin(), []
+    for prompt in (f"a {CAT} and a {TEDDY}", f"a {TEDDY} and a {CAT}"):
+        model, clip = lab.apply(lab.model, lab.clip, *stack.concepts)
+        sampled = lab.sample(model, lab.encode(clip, prompt), lab.encode(clip, "blurry"), steps=4, seed=11)
+        seen.append(hosts.draw(stack, prompt, monkeypatch))
+        assert torch.allclose(seen[-1], sampled * 0.18215, atol=1e-3)
+        assert not torch.allclose(seen[-1], hosts.draw(hosts.stack_of_kin("cat"), prompt, monkeypatch), atol=1e-2)
+    turned = lab.stack(*reversed(stack.concepts), lock="local")
+    assert torch.allclose(hosts.draw(turned, prompt, monkeypatch), seen[-1], atol=1e-4)
     lab.forget()
     lab.assert_untouched()

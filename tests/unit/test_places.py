@@ -137,3 +137,63 @@ def test_what_was_said_of_another_batch_is_not_heard() -> None:
     focus = focus_of((2,), (5,))
     two = Focus(focus.parts.repeat(2, 1, 1))
     assert Places(of_two(focus).said).shares(two, SIZE) is None
+
+
+def alike(focus: Focus) -> Places:
+    """A call in which all keys are what queries in the middle columns hold, less on the left than on the right."""
+    direction = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([-3.0, 2.0, 2.0, 2.0, 2.0, -3.0]).repeat(SIZE[0])
+    queries = (weights.unsqueeze(1) * direction).expand(len(focus.parts), PLACES, 8)
+    places = Places()
+    places.add(queries, direction.expand(len(focus.parts), 9, 8), focus, SIZE)
+    return places
+
+
+def columns_of(focus: Focus, size: tuple[int, int] = SIZE) -> Tensor:
+    """What each concept has of each column, by ``alike``: (width, j)."""
+    shares = alike(focus).shares(focus, size)
+    assert shares is not None
+    return shares.view(*size, -1).mean(0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 5), (5, 2)])
+def test_two_of_one_kind_stand_side_by_side_in_the_order_of_their_words(first: int, second: int) -> None:
+    alone = columns_of(focus_of((first,), (second,)))
+    assert torch.equal(alone[:, 0], alone[:, 1]), "by their keys, nothing tells them apart"
+    parts = focus_of((first,), (second,)).parts
+    columns = columns_of(Focus(parts, kinds=[0, 0]))
+    assert torch.allclose(columns.sum(1), alone.sum(1)), "together they have the places that were theirs"
+    left, right = (0, 1) if first < second else (1, 0)
+    assert (columns[1:3, left] > 0.9).all() and (columns[3:5, left] < 1e-4).all()
+    assert (columns[3:5, right] > 0.9).all() and (columns[1:3, right] < 1e-4).all()
+    assert (columns[[0, 5]] < 0.1).all(), "and nothing of others' places"
+
+
+def test_three_of_one_kind_share_a_column_where_their_places_meet() -> None:
+    """Four columns for three: the first has one and a third of them."""
+    columns = columns_of(Focus(focus_of((2,), (5,), (7,)).parts, kinds=[0, 0, 0]))
+    whole = columns.sum(1)[1]
+    expected = torch.tensor([[1, 0, 0], [1 / 3, 2 / 3, 0], [0, 2 / 3, 1 / 3], [0, 0, 1]]) * whole
+    assert torch.allclose(columns[1:5], expected, atol=0.05)
+
+
+def test_one_of_a_kind_that_is_alone_in_its_prompt_has_all_places() -> None:
+    """Of two rows, the first names one of them, the second both."""
+    parts = torch.cat([focus_of((2,), ()).parts, focus_of((2,), (5,)).parts])
+    kin, by_themselves = (alike(focus).shares(focus, SIZE) for focus in (Focus(parts, kinds=[4, 4]), Focus(parts)))
+    assert kin is not None and by_themselves is not None
+    assert torch.equal(kin[0], by_themselves[0]) and not torch.equal(kin[1], by_themselves[1])
+
+
+def test_concepts_of_another_kind_keep_their_places() -> None:
+    parts = focus_of((2,), (5,), (7,)).parts
+    kin, by_themselves = columns_of(Focus(parts, kinds=[0, 1, 0])), columns_of(Focus(parts))
+    assert torch.equal(kin[:, 1], by_themselves[:, 1])
+    assert float(kin[1, 0]) > 0.6 and float(kin[4, 0]) < 1e-4
+
+
+@pytest.mark.parametrize("size", [(2, 3), (8, 12)])
+def test_side_by_side_in_layers_of_any_size(size: tuple[int, int]) -> None:
+    columns = columns_of(Focus(focus_of((2,), (5,)).parts, kinds=[0, 0]), size)
+    half = size[1] // 2
+    assert float(columns[:half, 0].sum()) > 4 * float(columns[size[1] - half :, 0].sum())

@@ -133,6 +133,14 @@ def test_each_concept_has_the_key_that_it_learned_or_its_super_categorys() -> No
     assert not torch.allclose(found, keys(locked, replace(own, e_key=None)))
 
 
+def test_concepts_of_one_super_category_are_of_one_kind() -> None:
+    """However it is written: they are given their places together."""
+    kinds = ("bear", "cat", " Bear")
+    concepts = [a_concept(f"<it-{k}>", k, super_category=kind, focus=20.0) for k, kind in enumerate(kinds)]
+    focus = ConceptStack(tuple(map(ConceptUse, concepts))).edit().focus(torch.randn(1, 5, 24))
+    assert focus is not None and list(focus.kinds) == [0, 1, 0]
+
+
 def test_twins_under_two_words_are_refused_by_name() -> None:
     stack = ConceptStack((ConceptUse(a_concept("<a>")), ConceptUse(a_concept("<b>"))))
     with pytest.raises(ParallelConceptsError, match="<a> and <b> are too alike"):
