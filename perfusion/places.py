@@ -33,6 +33,7 @@ Size = tuple[int, int]  # height and width, in places
 
 _SHARPNESS = 3.0
 _LEAST = 1e-6
+_WHOLE_FROM = 2.0  # of concepts of one kind, one looked at half as much as another still has as many places
 
 
 def placed(focus: Focus, shares: Tensor) -> Tensor:
@@ -94,27 +95,35 @@ def _shares(said: Sequence[Tensor], focus: Focus, size: Size) -> Tensor:
     for kind in sorted(set(focus.kinds)):
         members = [j for j, other in enumerate(focus.kinds) if other == kind]
         if len(members) > 1:
-            shares[:, members] = _side_by_side(shares[:, members], focus.parts[..., members] > 0)
+            words = focus.parts[..., members] > 0
+            shares[:, members] = _side_by_side(shares[:, members], most[:, members], words)
     # Of a concept that was not in yet nothing was said.
     asked = (~present | (spread > 0)).all(1)
     shares = torch.where(rearrange(asked, "b -> b 1 1 1"), shares, torch.ones_like(shares))
     return rearrange(_resized(shares, size), "b j h w -> b (h w) j")
 
 
-def _side_by_side(shares: Tensor, words: Tensor) -> Tensor:
-    """Shares (b, n, h, w) of concepts of one kind, from left to right in the order of their words (b, m, n) bool."""
-    present = words.any(1)
-    count = rearrange(present.sum(1).clamp_min(1), "b -> b 1")
-    first = torch.where(present, words.int().argmax(1), words.shape[1])
-    rank = rearrange(first.argsort(1).argsort(1), "b n -> b n 1")
+def _side_by_side(shares: Tensor, most: Tensor, words: Tensor) -> Tensor:
+    """Shares (b, n, h, w) of concepts of one kind, from left to right in the order of their words (b, m, n) bool.
+
+    ``most`` (b, n) is what is added for a word of each: one with less than half of what the greatest has gets less of
+    the places, and one with nothing none.
+    """
+    room = (_WHOLE_FROM * most / most.amax(1, keepdim=True).clamp_min(_LEAST)).clamp(max=1)
+    first = words.int().argmax(1)
+    earlier = rearrange(first, "b k -> b 1 k") < rearrange(first, "b n -> b n 1")
+    begins = torch.einsum("bnk,bk->bn", earlier.to(room), room)
+    ends = rearrange(begins + room, "b n -> b n 1")
+    begins = rearrange(begins, "b n -> b n 1")
     together = shares.sum(1)
     mass = together.sum(1) + _LEAST  # of each column
-    part = count * mass / mass.sum(-1, keepdim=True)
-    end = rearrange(part.cumsum(-1), "b w -> b 1 w")
+    part = room.sum(1, keepdim=True).clamp_min(_LEAST) * mass / mass.sum(-1, keepdim=True)
+    until = rearrange(part.cumsum(-1), "b w -> b 1 w")
     part = rearrange(part, "b w -> b 1 w")
-    overlap = (torch.minimum(end, rank + 1) - torch.maximum(end - part, rank)).clamp_min(0) / part
-    apart = torch.einsum("bhw,bnw->bnhw", together, overlap) * rearrange(present, "b n -> b n 1 1")
-    return torch.where(rearrange(count > 1, "b 1 -> b 1 1 1"), apart, shares)
+    overlap = (torch.minimum(until, ends) - torch.maximum(until - part, begins)).clamp_min(0) / part
+    apart = torch.einsum("bhw,bnw->bnhw", together, overlap)
+    several = (most > 0).sum(1) > 1
+    return torch.where(rearrange(several, "b -> b 1 1 1"), apart, shares)
 
 
 def _resized(maps: Tensor, size: Size) -> Tensor:

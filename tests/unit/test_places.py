@@ -185,6 +185,15 @@ def test_one_of_a_kind_that_is_alone_in_its_prompt_has_all_places() -> None:
     assert torch.equal(kin[0], by_themselves[0]) and not torch.equal(kin[1], by_themselves[1])
 
 
+@pytest.mark.parametrize(("loudness", "columns_of_first"), [(1.0, 2.0), (0.5, 2.0), (0.25, 4 / 3), (1e-5, 0.0)])
+def test_one_of_a_kind_that_is_all_but_shut_leaves_its_places(loudness: float, columns_of_first: float) -> None:
+    parts = focus_of((2,), (5,)).parts * torch.tensor([loudness, 1.0])
+    columns = columns_of(Focus(parts, kinds=[0, 0]))
+    whole = float(columns.sum(1)[1:5].mean())
+    assert float(columns[:, 0].sum()) / whole == pytest.approx(columns_of_first, abs=0.06)
+    assert float(columns[1:5].sum()) / whole == pytest.approx(4)
+
+
 def test_concepts_of_another_kind_keep_their_places() -> None:
     parts = focus_of((2,), (5,), (7,)).parts
     kin, by_themselves = columns_of(Focus(parts, kinds=[0, 1, 0])), columns_of(Focus(parts))
