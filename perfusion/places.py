@@ -44,11 +44,13 @@ def placed(focus: Focus, shares: Tensor) -> Tensor:
 class Places:
     """One call of the network: where the words of concepts are looked at, by the layers that know.
 
-    ``before`` is what they said in the call before, (b, j, height, width), of the same prompts: see ``said``.
+    ``before`` is what they said in the call before, (b, j, height, width), of the same prompts: see ``said``. Of a call
+    that is for a ``part`` of the picture, nobody knows what stands on its left: concepts of one kind then compete as
+    all others do.
     """
 
-    def __init__(self, before: Tensor | None = None):
-        self._before = before
+    def __init__(self, before: Tensor | None = None, *, part: bool = False):
+        self._before, self._part = before, part
         self._maps: list[Tensor] = []
         self._decoder: Size | None = None
         self._shares: dict[Size, tuple[int, Tensor]] = {}
@@ -75,7 +77,7 @@ class Places:
         if not known:
             return None
         if size not in self._shares or self._shares[size][0] != len(known):
-            self._shares[size] = len(known), _shares(known, focus, size)
+            self._shares[size] = len(known), _shares(known, focus, size, part=self._part)
         return self._shares[size][1]
 
     @property
@@ -84,7 +86,7 @@ class Places:
         return torch.stack(self._maps).mean(0) if self._maps else None
 
 
-def _shares(said: Sequence[Tensor], focus: Focus, size: Size) -> Tensor:
+def _shares(said: Sequence[Tensor], focus: Focus, size: Size, *, part: bool) -> Tensor:
     most = focus.most
     mean, present = torch.stack(list(said)).mean(0), most > 0
     spread = mean.flatten(2).std(-1, correction=0)
@@ -92,38 +94,56 @@ def _shares(said: Sequence[Tensor], focus: Focus, size: Size) -> Tensor:
     weight = (most / most.amax(1, keepdim=True).clamp_min(_LEAST)).log()  # of one that is not present, minus infinity
     z = _SHARPNESS * mean / rearrange(sigma.clamp_min(_LEAST), "b -> b 1 1 1") + rearrange(weight, "b j -> b j 1 1")
     shares = torch.softmax(pad(z, (0, 0, 0, 0, 0, 1)), 1)[:, :-1]  # the last is nobody
-    for kind in sorted(set(focus.kinds)):
-        members = [j for j, other in enumerate(focus.kinds) if other == kind]
-        if len(members) > 1:
-            words = focus.parts[..., members] > 0
-            shares[:, members] = _side_by_side(shares[:, members], most[:, members], words)
+    if not part:
+        shares = _side_by_side(shares, focus)
     # Of a concept that was not in yet nothing was said.
     asked = (~present | (spread > 0)).all(1)
     shares = torch.where(rearrange(asked, "b -> b 1 1 1"), shares, torch.ones_like(shares))
     return rearrange(_resized(shares, size), "b j h w -> b (h w) j")
 
 
-def _side_by_side(shares: Tensor, most: Tensor, words: Tensor) -> Tensor:
-    """Shares (b, n, h, w) of concepts of one kind, from left to right in the order of their words (b, m, n) bool.
+def _side_by_side(shares: Tensor, focus: Focus) -> Tensor:
+    """Shares (b, j, h, w) of which concepts of one kind have theirs from left to right."""
+    found = list(shares.unbind(1))
+    for kind in dict.fromkeys(focus.kinds):
+        members = [j for j, other in enumerate(focus.kinds) if other == kind]
+        if len(members) > 1:
+            theirs = (
+                torch.stack([of.select(dim, j) for j in members], dim) for of, dim in ((shares, 1), (focus.parts, 2))
+            )
+            for j, apart in zip(members, _in_order(*theirs).unbind(1), strict=True):
+                found[j] = apart
+    return torch.stack(found, 1)
 
-    ``most`` (b, n) is what is added for a word of each: one with less than half of what the greatest has gets less of
-    the places, and one with nothing none.
+
+def _in_order(shares: Tensor, parts: Tensor) -> Tensor:
+    """Shares (b, n, h, w) of the places of all n concepts from left to right, in the order of their words.
+
+    ``parts`` (b, m, n) are those of ``Focus``: a concept whose word is looked at less than half as much as another's
+    has less of the places, and one that is not looked at none.
     """
+    most = parts.amax(1)
     room = (_WHOLE_FROM * most / most.amax(1, keepdim=True).clamp_min(_LEAST)).clamp(max=1)
-    first = words.int().argmax(1)
-    earlier = rearrange(first, "b k -> b 1 k") < rearrange(first, "b n -> b n 1")
-    begins = torch.einsum("bnk,bk->bn", earlier.to(room), room)
-    ends = rearrange(begins + room, "b n -> b n 1")
-    begins = rearrange(begins, "b n -> b n 1")
+    words = parts >= rearrange(most, "b n -> b 1 n") / 2
+    # Where two begin at one token, either is first.
+    begin = words.int().argmax(1) * len(most.T) + torch.arange(len(most.T), device=most.device)
+    earlier = rearrange(begin, "b k -> b 1 k") < rearrange(begin, "b n -> b n 1")
+    starts = einsum(earlier.to(room), room, "b n k, b k -> b n")
+    ends = rearrange(starts + room, "b n -> b n 1")
+    starts = rearrange(starts, "b n -> b n 1")
     together = shares.sum(1)
-    mass = together.sum(1) + _LEAST  # of each column
-    part = room.sum(1, keepdim=True).clamp_min(_LEAST) * mass / mass.sum(-1, keepdim=True)
-    until = rearrange(part.cumsum(-1), "b w -> b 1 w")
-    part = rearrange(part, "b w -> b 1 w")
-    overlap = (torch.minimum(until, ends) - torch.maximum(until - part, begins)).clamp_min(0) / part
-    apart = torch.einsum("bhw,bnw->bnhw", together, overlap)
-    several = (most > 0).sum(1) > 1
-    return torch.where(rearrange(several, "b -> b 1 1 1"), apart, shares)
+    # Background is theirs by a little everywhere, and there is much of it: what would be less than half one's of them
+    # does not count.
+    several = room.sum(1, keepdim=True).clamp_min(_LEAST)
+    of_one = together / (together + rearrange(several, "b 1 -> b 1 1") * (1 - together)).clamp_min(_LEAST)
+    mass = (2 * of_one - 1).clamp_min(0).sum(1) + _LEAST  # of each column
+    column = several * mass / mass.sum(-1, keepdim=True)
+    until = rearrange(column.cumsum(-1), "b w -> b 1 w")
+    overlap = torch.minimum(until, ends) - torch.maximum(until - rearrange(column, "b w -> b 1 w"), starts)
+    overlap = overlap.clamp_min(0)
+    overlap = overlap / overlap.sum(1, keepdim=True).clamp_min(_LEAST**2)
+    apart = einsum(together, overlap, "b h w, b n w -> b n h w")
+    return torch.where(rearrange((most > 0).sum(1) > 1, "b -> b 1 1 1"), apart, shares)
 
 
 def _resized(maps: Tensor, size: Size) -> Tensor:

@@ -168,7 +168,7 @@ class ConceptStack:
         """
         concepts = self.concepts
         confined = [concept.scope == "word" for concept in concepts]
-        kinds = [concept.super_category.strip().lower() for concept in concepts]
+        kinds = [" ".join(concept.super_category.lower().split()) for concept in concepts]
         directions = Directions.of(
             torch.stack([c.i_star for c in concepts]),
             torch.stack([c.d_star for c in concepts]),

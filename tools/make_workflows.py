@@ -114,7 +114,8 @@ LAYOUTS: dict[str, Layout] = {
             ),
         ],
         "Press Run. Nothing has to be downloaded.\n\nTwo things of one kind are the hardest to keep apart: both words "
-        "mean nearly the same to the model. A **region** for each says where its word is looked for.\n\n"
+        "mean nearly the same to the model. A **region** for each says where its word is looked for. Without, they "
+        "stand side by side, from left to right as the prompt names them.\n\n"
         "*Inspect Prompt* shows how far each concept's gate opens on each word.\n\nWith concepts from files, "
         "*Load Concept* has the same settings; chain one for each.",
     ),

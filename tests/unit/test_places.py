@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -139,10 +140,12 @@ def test_what_was_said_of_another_batch_is_not_heard() -> None:
     assert Places(of_two(focus).said).shares(two, SIZE) is None
 
 
-def alike(focus: Focus) -> Places:
-    """A call in which all keys are what queries in the middle columns hold, less on the left than on the right."""
+def alike(focus: Focus, columns: Sequence[int] = (1, 2, 3, 4)) -> Places:
+    """A call in which all keys are what queries in some columns hold."""
     direction = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    weights = torch.tensor([-3.0, 2.0, 2.0, 2.0, 2.0, -3.0]).repeat(SIZE[0])
+    weights = torch.full((SIZE[1],), -3.0)
+    weights[list(columns)] = 2.0
+    weights = weights.repeat(SIZE[0])
     queries = (weights.unsqueeze(1) * direction).expand(len(focus.parts), PLACES, 8)
     places = Places()
     places.add(queries, direction.expand(len(focus.parts), 9, 8), focus, SIZE)
@@ -175,6 +178,42 @@ def test_three_of_one_kind_share_a_column_where_their_places_meet() -> None:
     whole = columns.sum(1)[1]
     expected = torch.tensor([[1, 0, 0], [1 / 3, 2 / 3, 0], [0, 2 / 3, 1 / 3], [0, 0, 1]]) * whole
     assert torch.allclose(columns[1:5], expected, atol=0.05)
+
+
+@pytest.mark.parametrize(("left", "right"), [([0], [1]), ([1, 2], [4, 5]), ([3, 4], [5])])
+def test_they_share_their_things_not_the_picture(left: list[int], right: list[int]) -> None:
+    """Wherever these are, and in the upper rows alone."""
+    focus = Focus(focus_of((2,), (5,)).parts, kinds=[0, 0])
+    places = alike(focus, [*left, *right])
+    assert places.said is not None
+    said = places.said.clone()
+    said[:, :, 2:] = said.amin()
+    shares = Places(said).shares(focus, SIZE)
+    assert shares is not None
+    of_first, of_second = shares.view(*SIZE, 2)[:2].mean(0).unbind(-1)
+    assert (of_first[left[:1]] > 0.9).all() and (of_second[left[:1]] < 0.05).all()
+    assert (of_second[right[-1:]] > 0.9).all() and (of_first[right[-1:]] < 0.05).all()
+
+
+def test_in_a_part_of_the_picture_they_compete_as_others_do() -> None:
+    focus = Focus(focus_of((2,), (5,)).parts, kinds=[0, 0])
+    said = alike(focus).said
+    tile, others = Places(said, part=True).shares(focus, SIZE), Places(said).shares(Focus(focus.parts), SIZE)
+    assert tile is not None and others is not None and torch.equal(tile, others)
+
+
+def test_words_at_one_token_have_places_of_their_own() -> None:
+    columns = columns_of(Focus(focus_of((2,), (2,)).parts, kinds=[0, 0]))
+    assert float(columns[1:3, 0].min()) > 0.9 and float(columns[3:5, 1].min()) > 0.9
+
+
+def test_a_trace_of_a_concept_before_its_word_is_not_its_word() -> None:
+    parts = focus_of((2,), (5,)).parts
+    parts[0, 1, 1] = 1e-4
+    assert torch.allclose(
+        columns_of(Focus(parts, kinds=[0, 0]))[1], columns_of(Focus(parts, kinds=[0, 0]))[2], atol=0.01
+    )
+    assert float(columns_of(Focus(parts, kinds=[0, 0]))[1, 0]) > 0.9
 
 
 def test_one_of_a_kind_that_is_alone_in_its_prompt_has_all_places() -> None:

@@ -135,7 +135,7 @@ def test_each_concept_has_the_key_that_it_learned_or_its_super_categorys() -> No
 
 def test_concepts_of_one_super_category_are_of_one_kind() -> None:
     """However it is written: they are given their places together."""
-    kinds = ("bear", "cat", " Bear")
+    kinds = ("teddy bear", "cat", " Teddy  Bear")
     concepts = [a_concept(f"<it-{k}>", k, super_category=kind, focus=20.0) for k, kind in enumerate(kinds)]
     focus = ConceptStack(tuple(map(ConceptUse, concepts))).edit().focus(torch.randn(1, 5, 24))
     assert focus is not None and list(focus.kinds) == [0, 1, 0]

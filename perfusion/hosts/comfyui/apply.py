@@ -194,7 +194,8 @@ def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
             return _told(owner, shift, words, executor, args, kwargs)
         sampling = owner.sampling
         rows = [] if sampling is None else _prompts_of(sampling, args, kwargs)
-        places = Places(None if sampling is None else _said_before(sampling, rows))
+        part = sampling is not None and _is_part(sampling, args[0], _options_of(args, kwargs))
+        places = Places(None if sampling is None else _said_before(sampling, rows), part=part)
         steer = partial(steered, edit=owner.edit, regions=regions, places=places)
         args, kwargs = _with_options(args, kwargs, partial(_told_of_blocks, owner, steer))
         made = _told(owner, shift, words, executor, args, kwargs)
@@ -213,8 +214,13 @@ def _prompts_of(sampling: _Sampling, args: tuple[Any, ...], kwargs: dict[str, An
     """
     options = _options_of(args, kwargs)
     ids = list(options.get("uuids") or [])
-    whole = sampling.size == tuple(args[0].shape[-2:]) and len(args[0]) == len(ids) * sampling.pictures
-    return ids if whole and options.get("context_window") is None else []
+    all_pictures = len(args[0]) == len(ids) * sampling.pictures
+    return ids if all_pictures and not _is_part(sampling, args[0], options) else []
+
+
+def _is_part(sampling: _Sampling, latent: Tensor, options: dict[str, Any]) -> bool:
+    """Whether a call of the network is for a part of the picture, or of several that are drawn as one."""
+    return sampling.size != tuple(latent.shape[-2:]) or options.get("context_window") is not None
 
 
 def _said_before(sampling: _Sampling, rows: Sequence[Any]) -> Tensor | None:
