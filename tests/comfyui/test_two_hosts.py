@@ -48,7 +48,8 @@ class TwoHosts:
     def stack_of_kin(self, kind: str = "teddy bear") -> Any:
         """Two concepts whose words are looked at more, the second of a kind that may be the first's."""
         one = replace(self.lab.concept(), focus=30.0)
-        return self.lab.stack(one, replace(self.lab.concept(CAT, kind, seed=1), focus=30.0), lock="local")
+        other = replace(self.lab.concept(CAT, "cat", seed=1), focus=30.0, super_category=kind)
+        return self.lab.stack(one, other, lock="local")
 
     def draw(self, stack: Any, prompt: str, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
         """The latent of a small picture, by diffusers."""
@@ -179,5 +180,21 @@ def test_two_of_one_kind(hosts: TwoHosts, monkeypatch: pytest.MonkeyPatch) -> No
         assert not torch.allclose(seen[-1], hosts.draw(hosts.stack_of_kin("cat"), prompt, monkeypatch), atol=1e-2)
     turned = lab.stack(*reversed(stack.concepts), lock="local")
     assert torch.allclose(hosts.draw(turned, prompt, monkeypatch), seen[-1], atol=1e-4)
+    lab.forget()
+    lab.assert_untouched()
+
+
+def test_two_of_one_kind_in_a_part_of_the_picture(hosts: TwoHosts) -> None:
+    """The host does not tell which part it is: there they are kept apart as any two concepts are."""
+    lab, seen = hosts.lab, []
+    for kind in ("teddy bear", "cat"):
+        model, clip = lab.apply(lab.model, lab.clip, *hosts.stack_of_kin(kind).concepts)
+        whole = lab.encode(clip, f"a {CAT} and a {TEDDY}")
+        negative = lab.encode(clip, "blurry")
+        part = lab.host.nodes["ConditioningSetArea"]().append(whole, 32, 32, 16, 0, 1.0)[0] + negative
+        seen.append([lab.sample(model, each, negative, steps=4, seed=11) for each in (whole, part)])
+    (whole, part), (other_whole, other_part) = seen
+    assert not torch.allclose(whole, other_whole, atol=1e-2)
+    assert torch.equal(part, other_part)
     lab.forget()
     lab.assert_untouched()
