@@ -53,7 +53,8 @@ class Places:
         self._before, self._part = before, part
         self._maps: list[Tensor] = []
         self._decoder: Size | None = None
-        self._shares: dict[Size, tuple[int, Tensor]] = {}
+        self._of: tuple[int, Tensor] | None = None  # how many layers had spoken, and what follows from it
+        self._shares: dict[Size, Tensor] = {}
 
     def asks(self, stage: Stage, size: Size) -> bool:
         """Whether a layer with so many places is one that knows: of the decoder's first that look at the text."""
@@ -76,9 +77,11 @@ class Places:
         known = [before] if before is not None and before.shape[:2] == focus.most.shape else self._maps
         if not known:
             return None
-        if size not in self._shares or self._shares[size][0] != len(known):
-            self._shares[size] = len(known), _shares(known, focus, size, part=self._part)
-        return self._shares[size][1]
+        if self._of is None or self._of[0] != len(known):
+            self._of, self._shares = (len(known), _shares(known, focus, part=self._part)), {}
+        if size not in self._shares:
+            self._shares[size] = rearrange(_resized(self._of[1], size), "b j h w -> b (h w) j")
+        return self._shares[size]
 
     @property
     def said(self) -> Tensor | None:
@@ -86,7 +89,8 @@ class Places:
         return torch.stack(self._maps).mean(0) if self._maps else None
 
 
-def _shares(said: Sequence[Tensor], focus: Focus, size: Size, *, part: bool) -> Tensor:
+def _shares(said: Sequence[Tensor], focus: Focus, *, part: bool) -> Tensor:
+    """w of each concept at the places of the layers that said this: (b, j, h, w)."""
     most = focus.most
     mean, present = torch.stack(list(said)).mean(0), most > 0
     spread = mean.flatten(2).std(-1, correction=0)
@@ -98,22 +102,18 @@ def _shares(said: Sequence[Tensor], focus: Focus, size: Size, *, part: bool) -> 
         shares = _side_by_side(shares, focus)
     # Of a concept that was not in yet nothing was said.
     asked = (~present | (spread > 0)).all(1)
-    shares = torch.where(rearrange(asked, "b -> b 1 1 1"), shares, torch.ones_like(shares))
-    return rearrange(_resized(shares, size), "b j h w -> b (h w) j")
+    return torch.where(rearrange(asked, "b -> b 1 1 1"), shares, torch.ones_like(shares))
 
 
 def _side_by_side(shares: Tensor, focus: Focus) -> Tensor:
     """Shares (b, j, h, w) of which concepts of one kind have theirs from left to right."""
-    found = list(shares.unbind(1))
     for kind in dict.fromkeys(focus.kinds):
         members = [j for j, other in enumerate(focus.kinds) if other == kind]
         if len(members) > 1:
-            theirs = (
-                torch.stack([of.select(dim, j) for j in members], dim) for of, dim in ((shares, 1), (focus.parts, 2))
-            )
-            for j, apart in zip(members, _in_order(*theirs).unbind(1), strict=True):
-                found[j] = apart
-    return torch.stack(found, 1)
+            index = torch.tensor(members, device=shares.device)
+            theirs = _in_order(shares.index_select(1, index), focus.parts.index_select(2, index))
+            shares = shares.index_copy(1, index, theirs)
+    return shares
 
 
 def _in_order(shares: Tensor, parts: Tensor) -> Tensor:
@@ -126,7 +126,8 @@ def _in_order(shares: Tensor, parts: Tensor) -> Tensor:
     room = (_WHOLE_FROM * most / most.amax(1, keepdim=True).clamp_min(_LEAST)).clamp(max=1)
     words = parts >= rearrange(most, "b n -> b 1 n") / 2
     # Where two begin at one token, either is first.
-    begin = words.int().argmax(1) * len(most.T) + torch.arange(len(most.T), device=most.device)
+    count = most.shape[1]
+    begin = words.int().argmax(1) * count + torch.arange(count, device=most.device)
     earlier = rearrange(begin, "b k -> b 1 k") < rearrange(begin, "b n -> b n 1")
     starts = einsum(earlier.to(room), room, "b n k, b k -> b n")
     ends = rearrange(starts + room, "b n -> b n 1")

@@ -210,10 +210,9 @@ def test_words_at_one_token_have_places_of_their_own() -> None:
 def test_a_trace_of_a_concept_before_its_word_is_not_its_word() -> None:
     parts = focus_of((2,), (5,)).parts
     parts[0, 1, 1] = 1e-4
-    assert torch.allclose(
-        columns_of(Focus(parts, kinds=[0, 0]))[1], columns_of(Focus(parts, kinds=[0, 0]))[2], atol=0.01
-    )
-    assert float(columns_of(Focus(parts, kinds=[0, 0]))[1, 0]) > 0.9
+    columns = columns_of(Focus(parts, kinds=[0, 0]))
+    assert torch.allclose(columns[1], columns[2], atol=0.01)
+    assert float(columns[1, 0]) > 0.9
 
 
 def test_one_of_a_kind_that_is_alone_in_its_prompt_has_all_places() -> None:

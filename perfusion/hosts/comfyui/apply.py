@@ -192,9 +192,9 @@ def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
         regions = [use.region for use in owner.stack.uses] if owner.has_regions and _is_whole(owner, args[0]) else []
         if not regions and not owner.edit.focuses:
             return _told(owner, shift, words, executor, args, kwargs)
-        sampling = owner.sampling
-        rows = [] if sampling is None else _prompts_of(sampling, args, kwargs)
-        part = sampling is not None and _is_part(sampling, args[0], _options_of(args, kwargs))
+        sampling, options = owner.sampling, _options_of(args, kwargs)
+        part = _is_part(sampling, args[0], options)
+        rows = [] if sampling is None or part else _prompts_of(sampling, args[0], options)
         places = Places(None if sampling is None else _said_before(sampling, rows), part=part)
         steer = partial(steered, edit=owner.edit, regions=regions, places=places)
         args, kwargs = _with_options(args, kwargs, partial(_told_of_blocks, owner, steer))
@@ -208,19 +208,23 @@ def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
         owner.edit = everything
 
 
-def _prompts_of(sampling: _Sampling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The ids of the prompts in one call of the network, each for all pictures; none for a part of a picture, for some
-    of them, or where the host does not tell.
+def _prompts_of(sampling: _Sampling, latent: Tensor, options: dict[str, Any]) -> list[Any]:
+    """The ids of the prompts in one call of the network, each for all pictures; none for some of them, or where the
+    host does not tell.
     """
-    options = _options_of(args, kwargs)
     ids = list(options.get("uuids") or [])
-    all_pictures = len(args[0]) == len(ids) * sampling.pictures
-    return ids if all_pictures and not _is_part(sampling, args[0], options) else []
+    return ids if len(latent) == len(ids) * sampling.pictures else []
 
 
-def _is_part(sampling: _Sampling, latent: Tensor, options: dict[str, Any]) -> bool:
+def _is_part(sampling: _Sampling | None, latent: Tensor, options: dict[str, Any]) -> bool:
     """Whether a call of the network is for a part of the picture, or of several that are drawn as one."""
-    return sampling.size != tuple(latent.shape[-2:]) or options.get("context_window") is not None
+    windowed = sampling is not None and options.get("context_window") is not None
+    return windowed or not _has_size(sampling, latent)
+
+
+def _has_size(sampling: _Sampling | None, latent: Tensor) -> bool:
+    """Whether a latent has the height and width of what is sampled, as far as that is known."""
+    return sampling is None or sampling.size == tuple(latent.shape[-2:])
 
 
 def _said_before(sampling: _Sampling, rows: Sequence[Any]) -> Tensor | None:
@@ -246,7 +250,7 @@ def _told_of_blocks(
 
 def _is_whole(owner: Applied, latent: Tensor) -> bool:
     """Whether a call of the network is for the whole picture, whose places regions are of; tells once if not."""
-    if owner.sampling is None or owner.sampling.size == tuple(latent.shape[-2:]):
+    if _has_size(owner.sampling, latent):
         return True
     if not owner.told_of_regions:
         owner.told_of_regions = True
