@@ -166,8 +166,8 @@ class Directions:
     ``detector`` (d, 3j) gives r in its first J columns, what is subtracted in the next, and a = S G^-1 of all concepts,
     by which they compete, in the last; where they do not, it is (d, 2j). ``preserving`` is (j,), and so are ``bias``,
     ``temperature``, ``strength`` and ``focus_share``, or (rows, 1, j) where each row of a batch has gates of its own.
-    ``twins`` (j,) are confined concepts so alike that only being told whose word is whose keeps them apart: at told
-    words, their r is subtracted.
+    ``alone`` (j,) are concepts that are the only one at their own words where these are told, so that their r is
+    subtracted there: all of a stack of confined ones, else those so alike that only being told keeps them apart.
     """
 
     i_star: Tensor
@@ -177,9 +177,9 @@ class Directions:
     strength: Tensor
     focus_share: Tensor
     preserving: Tensor
-    twins: Tensor
+    alone: Tensor
     any_preserving: bool
-    any_twins: bool
+    any_alone: bool
     competing: bool
 
     @classmethod
@@ -207,6 +207,10 @@ class Directions:
         distinct = sorted(set(first))
         require_distinct(i_star[distinct], d_star[distinct], [names[k] for k in distinct])
         together = torch.tensor([first.count(each) for each in first])
+        # A part of the dual basis is right beside all others; at told words of confined concepts these are left out.
+        alone = together > 1
+        if len(gates) > 1 and confined and all(confined):
+            alone = torch.ones_like(alone)
         preserving = torch.tensor([form == "preserving" for form in forms])
         own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
         # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
@@ -227,9 +231,9 @@ class Directions:
             strength=torch.tensor([g.strength for g in gates]),
             focus_share=torch.tensor([g.focus_share for g in gates]),
             preserving=preserving,
-            twins=together > 1,
+            alone=alone,
             any_preserving="preserving" in forms,
-            any_twins=len(distinct) < len(first),
+            any_alone=bool(alone.any()),
             competing=competing,
         )
 
@@ -262,8 +266,8 @@ class Directions:
         """
         with _full_precision(context.device):
             r, subtracted, opened = self._read(context, owners)
-            if owners is not None and self.any_twins:
-                subtracted = torch.where(self.twins, r, subtracted)
+            if owners is not None and self.any_alone:
+                subtracted = torch.where(self.alone, r, subtracted)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
             strength = _for_batch(self.strength, len(context), alone=False)

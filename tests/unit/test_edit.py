@@ -549,7 +549,7 @@ def test_alike_but_distinct_concepts_are_taken() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cosine", [0.9999, 1.0])
+@pytest.mark.parametrize("cosine", [0.0, 0.7, 0.9999, 1.0])
 def test_however_alike_confined_concepts_are_each_is_at_its_word_what_it_is_alone(form: Form, cosine: float) -> None:
     world = World(2, form=form)
     world.i_star[1] = cosine * world.i_star[0] + (1 - cosine) * world.i_star[1]
