@@ -20,8 +20,9 @@ multiplied by the concept's share
     softmax_j(a_mj / 0.1)
 
 which is 1 for a concept alone. Where a host tells which tokens are whose word, those are their concept's altogether
-(``benchmarks.multi_concept`` measures all three). Concepts that are at their own words alone may then be too alike for
-a dual basis: such twins count as one in it, and at its word each subtracts its own r.
+(``benchmarks.multi_concept`` measures all three). Concepts that are at their own words alone then meet no other of
+their sort, and each reads its part as if there were none: by the dual basis of itself and those that are everywhere.
+Until words are told, such concepts may be too alike for a dual basis: twins count as one in it.
 
 Both forms are ``W e_m`` plus a correction of rank 2J whose coefficients depend on the text alone: they are computed
 once per context, in float32 with autocast off, and serve every layer.
@@ -159,6 +160,27 @@ def _dual_basis(i_star: Tensor, d_star: Tensor, first: Sequence[int]) -> Tensor:
     return basis[[distinct.index(each) for each in first]]
 
 
+def _told(i_star: Tensor, d_star: Tensor, confined: Tensor, subtracts: Tensor) -> Tensor | None:
+    """What reads the part of each concept that subtracts it, where it is known whose word a token is (``Directions``):
+    (j, d), (j, d), (j,), (j,) -> (1 + j, d, j), float32; None where that is as the dual basis of all says.
+
+    There, all confined concepts but the word's own are left out. In a dual basis of all, two that are alike would have
+    each other's word give up many times what is in it, though the other never adds anything there.
+    """
+    count = len(confined)
+    if count < 2 or not confined.any():
+        return None
+    told = torch.zeros(1 + count, *d_star.shape, dtype=torch.float64)
+    for k in range(1 + count):
+        there = ~confined
+        if k and confined[k - 1]:
+            there[k - 1] = True
+        there &= subtracts
+        if there.any():
+            told[k, there] = _dual_basis(i_star[there], d_star[there], range(int(there.sum())))
+    return rearrange(told, "k j d -> k d j").float().contiguous()
+
+
 @dataclass(frozen=True)
 class Directions:
     """What the text side of J concepts needs: the matrices that turn a context into gates. All float32.
@@ -166,8 +188,8 @@ class Directions:
     ``detector`` (d, 3j) gives r in its first J columns, what is subtracted in the next, and a = S G^-1 of all concepts,
     by which they compete, in the last; where they do not, it is (d, 2j). ``preserving`` is (j,), and so are ``bias``,
     ``temperature``, ``strength`` and ``focus_share``, or (rows, 1, j) where each row of a batch has gates of its own.
-    ``alone`` (j,) are concepts that are the only one at their own words where these are told, so that their r is
-    subtracted there: all of a stack of confined ones, else those so alike that only being told keeps them apart.
+    ``told`` (1 + j, d, j), of confined concepts among others, gives what is subtracted where it is known whose word a
+    token is: at the words of confined concept k by ``told[1 + k]``, elsewhere by ``told[0]``.
     """
 
     i_star: Tensor
@@ -177,9 +199,9 @@ class Directions:
     strength: Tensor
     focus_share: Tensor
     preserving: Tensor
-    alone: Tensor
+    confined: Tensor
+    told: Tensor | None
     any_preserving: bool
-    any_alone: bool
     competing: bool
 
     @classmethod
@@ -207,10 +229,7 @@ class Directions:
         distinct = sorted(set(first))
         require_distinct(i_star[distinct], d_star[distinct], [names[k] for k in distinct])
         together = torch.tensor([first.count(each) for each in first])
-        # A part of the dual basis is right beside all others; at told words of confined concepts these are left out.
-        alone = together > 1
-        if len(gates) > 1 and confined and all(confined):
-            alone = torch.ones_like(alone)
+        at_own_words = torch.tensor(confined or [False] * len(gates))
         preserving = torch.tensor([form == "preserving" for form in forms])
         own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
         # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
@@ -231,9 +250,9 @@ class Directions:
             strength=torch.tensor([g.strength for g in gates]),
             focus_share=torch.tensor([g.focus_share for g in gates]),
             preserving=preserving,
-            alone=alone,
+            confined=at_own_words,
+            told=_told(i_star, d_star, at_own_words, ~preserving),
             any_preserving="preserving" in forms,
-            any_alone=bool(alone.any()),
             competing=competing,
         )
 
@@ -265,9 +284,11 @@ class Directions:
         ``owners`` (b, m, j) bool: whose word each token is, where that is known.
         """
         with _full_precision(context.device):
-            r, subtracted, opened = self._read(context, owners)
-            if owners is not None and self.any_alone:
-                subtracted = torch.where(self.alone, r, subtracted)
+            _, subtracted, opened = self._read(context, owners)
+            if owners is not None and self.told is not None:
+                whose = owners & self.confined
+                whose = torch.cat([~whose.any(-1, keepdim=True), whose], dim=-1).to(self.told)
+                subtracted = einsum(context.float(), self.told, whose, "b m d, k d j, b m k -> b m j")
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
             strength = _for_batch(self.strength, len(context), alone=False)

@@ -581,6 +581,46 @@ def test_however_alike_confined_concepts_are_each_is_at_its_word_what_it_is_alon
     assert float((untold - world.linear(context)).abs().max()) < 3 * float((found - world.linear(context)).abs().max())
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cosine", [0.0, 0.97, 1.0])
+def test_where_words_are_told_confined_concepts_share_a_token_with_those_that_are_everywhere_alone(
+    form: Form, cosine: float
+) -> None:
+    world = World(3, form=form)
+    world.i_star[1] = cosine * world.i_star[0] + (1 - cosine) * world.i_star[1]
+    world.d_star = torch.linalg.solve(world.c, world.i_star.T).T
+    context = world.context(batch=1)
+    words = torch.zeros(1, 77, dtype=torch.long)
+    words[0, 2], words[0, 7], words[0, 12] = 11, 22, 33
+
+    def projected(*those: int) -> Tensor:
+        """With these concepts loaded, the third of which is everywhere."""
+        kept = list(those)
+        confined = [j < 2 for j in kept]
+        directions = Directions.of(
+            world.i_star[kept],
+            world.d_star[kept],
+            [world.gates[j] for j in kept],
+            [world.forms[j] for j in kept],
+            confined=confined,
+        )
+        edit = KeyValueEdit(
+            directions,
+            world.e_super[kept],
+            {LAYER: world.o_star[kept]},
+            numbers=[(11, 22, 33)[j] for j in kept],
+            confined=confined,
+        )
+        edit.words = words
+        return edit.project(LAYER, "v", context, world.linear)
+
+    found = projected(0, 1, 2)
+    assert torch.allclose(found[:, 2], projected(0, 2)[:, 2], atol=1e-4)
+    assert torch.allclose(found[:, 7], projected(1, 2)[:, 7], atol=1e-4)
+    elsewhere = [m for m in range(77) if m not in (2, 7)]
+    assert torch.allclose(found[:, elsewhere], projected(2)[:, elsewhere], atol=1e-4)
+
+
 def test_twins_leave_others_what_they_are() -> None:
     """Concepts that are confined and all but parallel count as one where others are told from them."""
     world = World(4)
