@@ -20,9 +20,9 @@ multiplied by the concept's share
     softmax_j(a_mj / 0.1)
 
 which is 1 for a concept alone. Where a host tells which tokens are whose word, those are their concept's altogether
-(``benchmarks.multi_concept`` measures all three). Concepts that are at their own words alone then meet no other of
-their sort, and each reads its part as if there were none: by the dual basis of itself and those that are everywhere.
-Until words are told, such concepts may be too alike for a dual basis: twins count as one in it.
+(``benchmarks.multi_concept`` measures all three). The word of a concept that is at its own words alone then gives up
+r of that concept and nothing else, as if no other were there; elsewhere those that are everywhere share a dual basis
+among themselves. Until words are told, such concepts may be too alike for a dual basis: twins count as one in it.
 
 Both forms are ``W e_m`` plus a correction of rank 2J whose coefficients depend on the text alone: they are computed
 once per context, in float32 with autocast off, and serve every layer.
@@ -160,25 +160,26 @@ def _dual_basis(i_star: Tensor, d_star: Tensor, first: Sequence[int]) -> Tensor:
     return basis[[distinct.index(each) for each in first]]
 
 
-def _told(i_star: Tensor, d_star: Tensor, confined: Tensor, subtracts: Tensor) -> Tensor | None:
-    """What reads the part of each concept that subtracts it, where it is known whose word a token is (``Directions``):
-    (j, d), (j, d), (j,), (j,) -> (1 + j, d, j), float32; None where that is as the dual basis of all says.
-
-    There, all confined concepts but the word's own are left out. In a dual basis of all, two that are alike would have
-    each other's word give up many times what is in it, though the other never adds anything there.
+def _detector(
+    i_star: Tensor, d_star: Tensor, first: Sequence[int], among: Tensor, subtracting: Tensor, competing: bool
+) -> Tensor:
+    """The matrix of ``Directions.detector`` whose dual bases are of the concepts ``among`` (j,) alone; the columns of
+    others in them are 0. ``subtracting`` (j,) are those of the paper's form. (j, d), (j, d) -> (d, 3j) or (d, 2j).
     """
-    count = len(confined)
-    if count < 2 or not confined.any():
-        return None
-    told = torch.zeros(1 + count, *d_star.shape, dtype=torch.float64)
-    for k in range(1 + count):
-        there = ~confined
-        if k and confined[k - 1]:
-            there[k - 1] = True
-        there &= subtracts
-        if there.any():
-            told[k, there] = _dual_basis(i_star[there], d_star[there], range(int(there.sum())))
-    return rearrange(told, "k j d -> k d j").float().contiguous()
+
+    def dual(chosen: Tensor) -> Tensor:
+        found = torch.zeros(d_star.shape, dtype=torch.float64)
+        if chosen.any():
+            of_chosen = [each for each, is_chosen in zip(first, chosen.tolist(), strict=True) if is_chosen]
+            places = [of_chosen.index(each) for each in of_chosen]
+            found[chosen] = _dual_basis(i_star[chosen], d_star[chosen], places)
+        return found
+
+    together = torch.tensor([first.count(each) for each in first]).unsqueeze(-1)
+    own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
+    # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
+    columns = [own, dual(among & subtracting) / together, *([dual(among)] if competing else [])]
+    return rearrange(torch.cat(columns), "columns d -> d columns").float().contiguous()
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ class Directions:
     ``detector`` (d, 3j) gives r in its first J columns, what is subtracted in the next, and a = S G^-1 of all concepts,
     by which they compete, in the last; where they do not, it is (d, 2j). ``preserving`` is (j,), and so are ``bias``,
     ``temperature``, ``strength`` and ``focus_share``, or (rows, 1, j) where each row of a batch has gates of its own.
-    ``told`` (1 + j, d, j), of confined concepts among others, gives what is subtracted where it is known whose word a
-    token is: at the words of confined concept k by ``told[1 + k]``, elsewhere by ``told[0]``.
+    ``confined`` (j,) are concepts that are at their own words alone, where these are told. ``elsewhere`` is the
+    detector for tokens of such a context that are no word of theirs: that of the other concepts among themselves.
     """
 
     i_star: Tensor
@@ -200,8 +201,10 @@ class Directions:
     focus_share: Tensor
     preserving: Tensor
     confined: Tensor
-    told: Tensor | None
+    elsewhere: Tensor
     any_preserving: bool
+    any_confined: bool
+    mixed: bool
     competing: bool
 
     @classmethod
@@ -217,42 +220,39 @@ class Directions:
         confined: Sequence[bool] | None = None,
     ) -> Directions:
         """Stack J concepts: i* and d* (j, d), a gate and a form each; ``competing``, or each by itself as in the paper.
-        ``confined`` says which are at their own words alone, where these are told (``KeyValueEdit``); these may be as
-        alike as they like.
+        ``confined`` says which are at their own words alone, where these are told; these may be as alike as they like.
 
         Raises ParallelConceptsError when two of them cannot be told apart.
         """
-        if not (len(i_star) == len(d_star) == len(gates) == len(forms)):
-            raise ValueError("i*, d*, gates and forms must be given for the same number of concepts")
+        confined = confined or [False] * len(gates)
+        if not (len(i_star) == len(d_star) == len(gates) == len(forms) == len(confined)):
+            raise ValueError("i*, d*, gates, forms and confined must be given for the same number of concepts")
         names = names or [f"concept {j + 1}" for j in range(len(gates))]
-        first = _twins(i_star, d_star, confined or [False] * len(gates))
+        first = _twins(i_star, d_star, confined)
         distinct = sorted(set(first))
         require_distinct(i_star[distinct], d_star[distinct], [names[k] for k in distinct])
-        together = torch.tensor([first.count(each) for each in first])
-        at_own_words = torch.tensor(confined or [False] * len(gates))
         preserving = torch.tensor([form == "preserving" for form in forms])
-        own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
-        # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
-        subtracted = torch.zeros_like(own)
-        if (paper := ~preserving).any():
-            of_paper = [each for each, is_paper in zip(first, paper.tolist(), strict=True) if is_paper]
-            basis = _dual_basis(i_star[paper], d_star[paper], [of_paper.index(each) for each in of_paper])
-            subtracted[paper] = basis / together[paper].unsqueeze(-1)
-        columns = [own, subtracted]
+        everywhere = torch.tensor([not of_word for of_word in confined])
         competing = competing and len(gates) > 1
-        if competing:
-            columns.append(_dual_basis(i_star, d_star, first))
+        mixed = any(confined) and not all(confined)
+
+        def detector(among: Tensor) -> Tensor:
+            return _detector(i_star, d_star, first, among, ~preserving, competing)
+
+        of_all = detector(torch.ones_like(everywhere))
         return cls(
             i_star=i_star.float(),
-            detector=rearrange(torch.cat(columns), "columns d -> d columns").float().contiguous(),
+            detector=of_all,
             bias=torch.tensor([g.bias for g in gates]),
             temperature=torch.tensor([g.temperature for g in gates]),
             strength=torch.tensor([g.strength for g in gates]),
             focus_share=torch.tensor([g.focus_share for g in gates]),
             preserving=preserving,
-            confined=at_own_words,
-            told=_told(i_star, d_star, at_own_words, ~preserving),
+            confined=~everywhere,
+            elsewhere=detector(everywhere) if mixed else of_all,
             any_preserving="preserving" in forms,
+            any_confined=any(confined),
+            mixed=mixed,
             competing=competing,
         )
 
@@ -285,10 +285,6 @@ class Directions:
         """
         with _full_precision(context.device):
             _, subtracted, opened = self._read(context, owners)
-            if owners is not None and self.told is not None:
-                whose = owners & self.confined
-                whose = torch.cat([~whose.any(-1, keepdim=True), whose], dim=-1).to(self.told)
-                subtracted = einsum(context.float(), self.told, whose, "b m d, k d j, b m k -> b m j")
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
             strength = _for_batch(self.strength, len(context), alone=False)
@@ -316,10 +312,16 @@ class Directions:
             return self._shared(gate(parts[0], Gate.bias, Gate.temperature), parts, None)
 
     def _read(self, context: Tensor, owners: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """r, a of the concepts that subtract it, and g: (b, m, d) -> three of (b, m, j)."""
-        parts = (context.float() @ self.detector).split(len(self), dim=-1)
-        r, subtracted = parts[0], parts[1]
-        return r, subtracted, self._shared(self._opened(r), parts, owners)
+        """r, what of it is subtracted in the paper's form, and g: (b, m, d) -> three of (b, m, j)."""
+        if owners is None or not self.any_confined:
+            parts = (context.float() @ self.detector).split(len(self), dim=-1)
+            return parts[0], parts[1], self._shared(self._opened(parts[0]), parts, owners)
+        parts = (context.float() @ self.elsewhere).split(len(self), dim=-1)
+        if self.mixed and self.competing:
+            parts = (*parts[:2], parts[2].masked_fill(self.confined, -math.inf))
+        word = owners & self.confined
+        subtracted = torch.where(word.any(dim=-1, keepdim=True), word * parts[0], parts[1])
+        return parts[0], subtracted, self._shared(self._opened(parts[0]), parts, owners)
 
     def _shared(self, opened: Tensor, parts: Sequence[Tensor], owners: Tensor | None) -> Tensor:
         """Gates (b, m, j) by each concept's share of a token, by its part of the dual basis or whose word it is."""
@@ -425,8 +427,8 @@ class KeyValueEdit:
     ``e_super``. ``project`` is what a host calls in place of a layer's ``to_k`` or ``to_v``.
 
     A host that knows whose word each token of a context is sets ``words`` (b, m) around the call: the number, of
-    ``numbers``, of the concept whose word it is, 0 for others. Of concepts that are ``confined`` (j,), the edit is then
-    at their own words alone, whatever r is elsewhere: W e_m of all other tokens stays as it is.
+    ``numbers``, of the concept whose word it is, 0 for others. Of concepts that are confined (``Directions``), the edit
+    is then at their own words alone, whatever r is elsewhere: W e_m of all other tokens stays as it is.
 
     Concepts of a ``focus`` (j,) above 1 have their words looked at more: a host that can adds what ``focus()`` says
     before the softmax of cross-attention, for several concepts place by place (``places``), those of the same number in
@@ -441,7 +443,6 @@ class KeyValueEdit:
         locks: Iterable[Lock] | None = None,
         numbers: Sequence[int] | None = None,
         anchored: Sequence[bool] | None = None,
-        confined: Sequence[bool] | None = None,
         focus: Sequence[float] | None = None,
         e_key: Tensor | None = None,
         kinds: Sequence[int] | None = None,
@@ -451,7 +452,6 @@ class KeyValueEdit:
         factors = torch.tensor(focus or [1.0] * len(directions)).float().log() * looked_at.cpu()
         self._focus = factors if bool(factors.any()) else None
         self._kinds = kinds
-        self._confined = torch.tensor(confined) if confined and any(confined) else None
         self._flags_on: dict[torch.device, tuple[Any, ...]] = {}
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
         self.words: Tensor | None = None
@@ -539,7 +539,7 @@ class KeyValueEdit:
         with torch.no_grad(), _full_precision(context.device):
             counting = self.directions_on(context.device).focused(context)
             share = counting * self.gates(context) * of_own_word(self.belonging(context))
-            return Focus(share * self._flags(context.device)[2].to(share), self._kinds)
+            return Focus(share * self._flags(context.device)[1].to(share), self._kinds)
 
     def _owners(self, context: Tensor) -> Tensor | None:
         """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""
@@ -549,9 +549,10 @@ class KeyValueEdit:
 
     def _kept_in(self, coefficients: Tensor, owners: Tensor | None) -> Tensor:
         """Coefficients (b, m, j), 0 where those of a confined concept would be at tokens that are not of its word."""
-        if self._confined is None or owners is None:
+        directions = self.directions_on(coefficients.device)
+        if owners is None or not directions.any_confined:
             return coefficients
-        return coefficients * (owners | ~self._flags(owners.device)[1])
+        return coefficients * (owners | ~directions.confined)
 
     def _compute(self, context: Tensor) -> dict[str, Tensor]:
         owners = self._owners(context)
@@ -569,9 +570,9 @@ class KeyValueEdit:
         return value
 
     def _flags(self, device: torch.device) -> tuple[Any, ...]:
-        """``numbers``, ``confined`` and the logarithms of ``focus`` on a device, moved there once."""
+        """``numbers`` and the logarithms of ``focus`` on a device, moved there once."""
         if device not in self._flags_on:
-            flags = (self.numbers, self._confined, self._focus)
+            flags = (self.numbers, self._focus)
             self._flags_on[device] = tuple(None if each is None else each.to(device) for each in flags)
         return self._flags_on[device]
 

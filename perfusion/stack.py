@@ -167,7 +167,6 @@ class ConceptStack:
         Raises ParallelConceptsError when two of them cannot be told apart.
         """
         concepts = self.concepts
-        confined = [concept.scope == "word" for concept in concepts]
         kinds = [" ".join(concept.super_category.lower().split()) for concept in concepts]
         directions = Directions.of(
             torch.stack([c.i_star for c in concepts]),
@@ -176,7 +175,7 @@ class ConceptStack:
             [c.form for c in concepts],
             [c.placeholder for c in concepts],
             competing=competing,
-            confined=confined,
+            confined=[concept.scope == "word" for concept in concepts],
         )
         return KeyValueEdit(
             directions if rows is None else directions.varied(rows),
@@ -185,7 +184,6 @@ class ConceptStack:
             [use.lock for use in self.uses],
             [word_number(concept.placeholder) for concept in concepts],
             [concept.anchored for concept in concepts],
-            confined,
             [concept.focus for concept in concepts],
             torch.stack([c.e_super if c.e_key is None else c.e_key for c in concepts]),
             [kinds.index(kind) for kind in kinds],

@@ -417,15 +417,19 @@ class Trainer:
     def _edit_with(self, i_star: Tensor, d_star: Tensor) -> KeyValueEdit:
         """The edit that is being learned, with these i* and d*."""
         gate = Gate(self.config.bias, self.config.temperature)
-        directions_ = Directions.of(i_star.unsqueeze(0), d_star.unsqueeze(0), [gate], [self.config.form])
-        alone, focus = [self.config.scope == "word"], [self.config.focus]
+        directions_ = Directions.of(
+            i_star.unsqueeze(0),
+            d_star.unsqueeze(0),
+            [gate],
+            [self.config.form],
+            confined=[self.config.scope == "word"],
+        )
         return KeyValueEdit(
             directions_,
             self.e_super.unsqueeze(0),
             self.o_star_v,
             numbers=[1],
-            confined=alone,
-            focus=focus,
+            focus=[self.config.focus],
             e_key=self.e_key,
         )
 
