@@ -168,14 +168,14 @@ def _detector(
     """
 
     def dual(chosen: Tensor) -> Tensor:
-        found = torch.zeros(d_star.shape, dtype=torch.float64)
+        found = torch.zeros_like(d_star, dtype=torch.float64)
         if chosen.any():
             of_chosen = [each for each, is_chosen in zip(first, chosen.tolist(), strict=True) if is_chosen]
             places = [of_chosen.index(each) for each in of_chosen]
             found[chosen] = _dual_basis(i_star[chosen], d_star[chosen], places)
         return found
 
-    together = torch.tensor([first.count(each) for each in first]).unsqueeze(-1)
+    together = torch.tensor([first.count(each) for each in first], device=d_star.device).unsqueeze(-1)
     own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
     # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
     columns = [own, dual(among & subtracting) / together, *([dual(among)] if competing else [])]
