@@ -153,11 +153,20 @@ def _twins(i_star: Tensor, d_star: Tensor, confined: Sequence[bool]) -> list[int
     return first
 
 
-def _dual_basis(i_star: Tensor, d_star: Tensor, first: Sequence[int]) -> Tensor:
-    """What reads a = S G^-1 from encodings: (j, d), (j, d) -> (j, d), float64; of twins, all read that of the first."""
-    distinct = sorted(set(first))
-    basis = torch.linalg.solve(gram(i_star[distinct], d_star[distinct]).T, d_star[distinct].double())
-    return basis[[distinct.index(each) for each in first]]
+def _dual_basis(i_star: Tensor, d_star: Tensor, first: Sequence[int], among: Tensor) -> Tensor:
+    """What reads a = S G^-1 of the concepts ``among`` (j,) from encodings, 0 for others: (j, d), (j, d) -> (j, d),
+    float64; of twins, all read that of the first.
+    """
+    found = torch.zeros_like(d_star, dtype=torch.float64)
+    distinct: dict[int, int] = {}  # the first of each that is there
+    for j in among.nonzero().flatten().tolist():
+        distinct.setdefault(first[j], j)
+    if distinct:
+        chosen = list(distinct.values())
+        basis = torch.linalg.solve(gram(i_star[chosen], d_star[chosen]).T, d_star[chosen].double())
+        places = list(distinct)
+        found[among] = basis[[places.index(each) for each, there in zip(first, among.tolist(), strict=True) if there]]
+    return found
 
 
 def _detector(
@@ -166,19 +175,12 @@ def _detector(
     """The matrix of ``Directions.detector`` whose dual bases are of the concepts ``among`` (j,) alone; the columns of
     others in them are 0. ``subtracting`` (j,) are those of the paper's form. (j, d), (j, d) -> (d, 3j) or (d, 2j).
     """
-
-    def dual(chosen: Tensor) -> Tensor:
-        found = torch.zeros_like(d_star, dtype=torch.float64)
-        if chosen.any():
-            of_chosen = [each for each, is_chosen in zip(first, chosen.tolist(), strict=True) if is_chosen]
-            places = [of_chosen.index(each) for each in of_chosen]
-            found[chosen] = _dual_basis(i_star[chosen], d_star[chosen], places)
-        return found
-
     together = torch.tensor([first.count(each) for each in first], device=d_star.device).unsqueeze(-1)
     own = d_star.double() / gram(i_star, d_star).diagonal().unsqueeze(-1)
     # Only concepts of the paper's form subtract their part of the encoding, so only these share a Gram matrix.
-    columns = [own, dual(among & subtracting) / together, *([dual(among)] if competing else [])]
+    columns = [own, _dual_basis(i_star, d_star, first, among & subtracting) / together]
+    if competing:
+        columns.append(_dual_basis(i_star, d_star, first, among))
     return rearrange(torch.cat(columns), "columns d -> d columns").float().contiguous()
 
 
@@ -313,15 +315,15 @@ class Directions:
 
     def _read(self, context: Tensor, owners: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """r, what of it is subtracted in the paper's form, and g: (b, m, d) -> three of (b, m, j)."""
-        if owners is None or not self.any_confined:
-            parts = (context.float() @ self.detector).split(len(self), dim=-1)
-            return parts[0], parts[1], self._shared(self._opened(parts[0]), parts, owners)
-        parts = (context.float() @ self.elsewhere).split(len(self), dim=-1)
-        if self.mixed and self.competing:
-            parts = (*parts[:2], parts[2].masked_fill(self.confined, -math.inf))
-        word = owners & self.confined
-        subtracted = torch.where(word.any(dim=-1, keepdim=True), word * parts[0], parts[1])
-        return parts[0], subtracted, self._shared(self._opened(parts[0]), parts, owners)
+        told = owners if self.any_confined else None
+        parts = (context.float() @ (self.detector if told is None else self.elsewhere)).split(len(self), dim=-1)
+        r, subtracted = parts[0], parts[1]
+        if told is not None:
+            word = told & self.confined
+            subtracted = torch.where(word.any(dim=-1, keepdim=True), word * r, subtracted)
+            if self.mixed and self.competing:
+                parts = (r, subtracted, parts[2].masked_fill(self.confined, -math.inf))
+        return r, subtracted, self._shared(self._opened(r), parts, owners)
 
     def _shared(self, opened: Tensor, parts: Sequence[Tensor], owners: Tensor | None) -> Tensor:
         """Gates (b, m, j) by each concept's share of a token, by its part of the dual basis or whose word it is."""
