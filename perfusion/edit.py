@@ -454,7 +454,6 @@ class KeyValueEdit:
         factors = torch.tensor(focus or [1.0] * len(directions)).float().log() * looked_at.cpu()
         self._focus = factors if bool(factors.any()) else None
         self._kinds = kinds
-        self._flags_on: dict[torch.device, tuple[Any, ...]] = {}
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
         self.words: Tensor | None = None
         self.numbers = None if numbers is None else torch.tensor(numbers)
@@ -531,23 +530,25 @@ class KeyValueEdit:
         word's part of the attention is multiplied by the focus (before all parts are brought to a sum of 1); as the
         gate shuts, by less. No gradient goes through it.
         """
-        if self._focus is None:
+        factors = self._focus
+        if factors is None:
             return None
         if torch.compiler.is_compiling():
-            return self._focus_of(context)
-        return self._remembered_focus.value((context, self.words), lambda: self._focus_of(context))
+            return self._focus_of(context, factors)
+        return self._remembered_focus.value((context, self.words), lambda: self._focus_of(context, factors))
 
-    def _focus_of(self, context: Tensor) -> Focus:
+    def _focus_of(self, context: Tensor, factors: Tensor) -> Focus:
         with torch.no_grad(), _full_precision(context.device):
             counting = self.directions_on(context.device).focused(context)
             share = counting * self.gates(context) * of_own_word(self.belonging(context))
-            return Focus(share * self._flags(context.device)[1].to(share), self._kinds)
+            return Focus(share * self._place("focus", factors, share), self._kinds)
 
     def _owners(self, context: Tensor) -> Tensor | None:
         """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""
         if self.words is None or self.numbers is None or self.words.shape != context.shape[:2]:
             return None
-        return self.words.to(context.device).unsqueeze(-1) == self._flags(context.device)[0]
+        words = self.words.to(context.device).unsqueeze(-1)
+        return words == self._place("numbers", self.numbers, words)
 
     def _kept_in(self, coefficients: Tensor, owners: Tensor | None) -> Tensor:
         """Coefficients (b, m, j), 0 where those of a confined concept would be at tokens that are not of its word."""
@@ -571,13 +572,6 @@ class KeyValueEdit:
             value["k"] = value["v"] * torch.tensor(locally * 2, dtype=context.dtype, device=context.device)
         return value
 
-    def _flags(self, device: torch.device) -> tuple[Any, ...]:
-        """``numbers`` and the logarithms of ``focus`` on a device, moved there once."""
-        if device not in self._flags_on:
-            flags = (self.numbers, self._focus)
-            self._flags_on[device] = tuple(None if each is None else each.to(device) for each in flags)
-        return self._flags_on[device]
-
     def directions_on(self, device: torch.device) -> Directions:
         """The text side on a device, moved there once."""
         if device not in self._directions_on:
@@ -585,7 +579,7 @@ class KeyValueEdit:
         return self._directions_on[device]
 
     def _place(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
-        """The tensor on the device and in the dtype of the context; remembered, since nothing moves ours for us."""
+        """A tensor on the device and in the dtype of another; remembered, since nothing moves ours for us."""
         if tensor.requires_grad:
             return tensor.to(device=like.device, dtype=like.dtype)
         key = (name, like.device, like.dtype)

@@ -97,8 +97,7 @@ LAYOUTS: dict[str, Layout] = {
             Group("A model", [["checkpoint", "note"]]),
             Group(
                 "Learn two of one kind",
-                [["photos_left", "photos_right"], ["train_left", "train_right"]],
-                aligned=True,
+                [["photos_left", "photos_right"], ["train_left"], ["train_right"]],
             ),
             Group(
                 "Each in its half of the picture",
@@ -150,8 +149,7 @@ LAYOUTS: dict[str, Layout] = {
             Group("A model", [["checkpoint", "note"]]),
             Group(
                 "Learn two things",
-                [["photos_teddy", "photos_cat"], ["train_teddy", "train_cat"]],
-                aligned=True,
+                [["photos_teddy", "photos_cat"], ["train_teddy"], ["train_cat"]],
             ),
             Group("Apply both", [["apply_teddy", "apply_cat"]]),
             Group(

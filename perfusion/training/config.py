@@ -134,6 +134,13 @@ class TrainingConfig:
         """How many guided pictures, of two rows each, take no more memory than a training step."""
         return max(1, (self.micro_batch or self.batch_size) // 2)
 
+    @property
+    def rates_now(self) -> str:
+        """The learning rates and what they are, for messages on a training that goes wrong."""
+        names = ["value_rate", "embedding_rate", *(["key_rate"] if self.key_rate else [])]
+        *others, last = [f"{name} (now {getattr(self, name):g})" for name in names]
+        return f"{', '.join(others)} and {last}"
+
     @classmethod
     def help(cls, name: str) -> str:
         """What a setting does, for tooltips and ``--help``."""

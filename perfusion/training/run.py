@@ -218,7 +218,7 @@ class Run:
         if mean > EXPLODED * self._calmest and mean > fmean(losses[: self._window]):
             raise TrainingError(
                 f"the training explodes: the loss of the last {self._window} steps is {mean:.3g}, it was "
-                f"{self._calmest:.3g} before. {self._what_to_lower}"
+                f"{self._calmest:.3g} before. Lower {self.trainer.config.rates_now}."
             )
 
     # --- checkpoints
@@ -253,7 +253,7 @@ class Run:
         if concept is None or not loss <= WORSE * before:
             raise TrainingError(
                 f"the training explodes: after step {self.trainer.steps_done} the loss on fixed noise is {loss:.3g}, "
-                f"it was {before:.3g} before training. {self._what_to_lower}"
+                f"it was {before:.3g} before training. Lower {self.trainer.config.rates_now}."
             )
         return concept, loss
 
@@ -335,13 +335,6 @@ class Run:
         error = TrainingError(message)
         error.outcome = self._outcome() if self.checkpoints else None
         return error
-
-    @property
-    def _what_to_lower(self) -> str:
-        config = self.trainer.config
-        names = ["value_rate", "embedding_rate", *(["key_rate"] if config.key_rate else [])]
-        *rates, last = [f"{name} (now {getattr(config, name):g})" for name in names]
-        return f"Lower {', '.join(rates)} and {last}."
 
     @property
     def _what_is_kept(self) -> str:

@@ -176,8 +176,8 @@ class Trainer:
         finite = all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
         if not (math.isfinite(loss) and finite):
             raise TrainingError(
-                f"the loss of step {self.steps_done + 1} or its gradient is not a finite number. Lower value_rate, "
-                "embedding_rate and key_rate, or run the model in 32 bit."
+                f"the loss of step {self.steps_done + 1} or its gradient is not a finite number. "
+                f"Lower {config.rates_now}, or run the model in 32 bit."
             )
         self._optimizer.step()
         self.losses.append(loss)
