@@ -541,6 +541,7 @@ def by_hand(host: ComfyHost, bias: float, temperature: float, lock: str, cfg: fl
     return host.execute(prompt, keep=[IMAGE])[IMAGE]
 
 
+@pytest.mark.any_host
 def test_cells_are_what_apply_and_ksampler_draw(comfy_host: ComfyHost, files: list[str]) -> None:
     run = comfy_host.execute(exploring(key_lock="both", guidance="2, 4"), keep=[IMAGES, FOUND, SHEET, PLOT, REPORT])
     settings = [trial.setting for trial in run[FOUND].trials]
@@ -555,6 +556,7 @@ def test_cells_are_what_apply_and_ksampler_draw(comfy_host: ComfyHost, files: li
     assert len(run.ui["explore"]["images"]) == 2
 
 
+@pytest.mark.any_host
 def test_cells_have_their_shares_of_the_focus(comfy_host: ComfyHost, files: list[str]) -> None:
     prompt = exploring(bias="0.4, 0.6", temperature="0.15", focus_share="0, 1", **SCORED)
     prompt["one"]["inputs"]["focus_share"] = 0.0  # what is not tried makes no difference to what is
@@ -576,6 +578,7 @@ def test_cells_have_their_shares_of_the_focus(comfy_host: ComfyHost, files: list
     assert run[share] == chosen.focus_share == run[picked].uses[0].gate.focus_share
 
 
+@pytest.mark.any_host
 def test_scores_and_what_is_picked(comfy_host: ComfyHost, files: list[str]) -> None:
     prompt = exploring(**SCORED)
     prompt["pick"] = node("PerfusionPickTradeOff", trade_off=["explore", 3], rule="harmonic mean", least_text=0.25)
@@ -601,6 +604,7 @@ def test_scores_and_what_is_picked(comfy_host: ComfyHost, files: list[str]) -> N
     assert told["score", 2] == pytest.approx(chosen.harmonic, abs=1e-4)
 
 
+@pytest.mark.any_host
 def test_too_much_for_memory_is_drawn_in_parts(
     comfy_host: ComfyHost, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -663,6 +667,7 @@ def test_bad_trade_offs(comfy_host: ComfyHost, files: list[str], changes: dict[s
         comfy_host.execute(prompt, keep=[IMAGES])
 
 
+@pytest.mark.any_host
 def test_nothing_scored_is_nothing_to_pick(comfy_host: ComfyHost, files: list[str]) -> None:
     prompt = exploring()
     prompt["pick"] = node("PerfusionPickTradeOff", trade_off=["explore", 3], rule="knee", least_text=0.25)
@@ -681,6 +686,7 @@ def scoring(**inputs: Any) -> Prompt:
     }
 
 
+@pytest.mark.any_host
 def test_pictures_are_most_like_themselves(comfy_host: ComfyHost, lab: Lab) -> None:
     prompt = scoring(photos=["photos", 0], score_clip=["checkpoint", 1], prompt="a\nb\nc")
     run = comfy_host.execute(prompt, keep=[("score", k) for k in range(4)])

@@ -60,6 +60,7 @@ def test_what_is_told_of_the_network_is_what_it_keeps(
     assert told == pytest.approx(really, rel=0.03)
 
 
+@pytest.mark.any_host
 def test_it_is_less_for_smaller_parts_and_with_checkpointing(comfy_host: ComfyHost, parts: Parts, memory: Any) -> None:
     host = host_of(comfy_host, parts)
 
@@ -87,6 +88,7 @@ def test_of_weights_that_are_stored_otherwise_only_the_edited_projections_are_co
     assert memory.training_bytes(host, config(comfy_host)) - plain == 4 * sum(p.numel() for p in edited)
 
 
+@pytest.mark.any_host
 def test_too_large_a_training_is_refused_with_what_would_fit_and_nothing_is_loaded(
     comfy_host: ComfyHost, parts: Parts, memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

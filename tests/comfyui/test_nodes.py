@@ -310,6 +310,7 @@ def test_train_save_load_apply_sample(comfy_host: ComfyHost, lab: Lab, photo_nod
     assert torch.equal(fresh[LATENT]["samples"], run[LATENT]["samples"]), "a saved concept draws like a fresh one"
 
 
+@pytest.mark.any_host
 def test_graphs_older_than_an_input_do_what_they_did(comfy_host: ComfyHost, photo_node: None) -> None:
     prompt = training(comfy_host)
     new = comfy_host.execute(prompt, keep=[TRAINED])[TRAINED].concepts[0]
@@ -324,6 +325,7 @@ def test_graphs_older_than_an_input_do_what_they_did(comfy_host: ComfyHost, phot
     assert "focus" not in "".join(old.metadata)
 
 
+@pytest.mark.any_host
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

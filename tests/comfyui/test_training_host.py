@@ -129,11 +129,13 @@ def test_a_training_that_cannot_begin_leaves_nothing_patched(
     assert left_alone(training.parts)
 
 
+@pytest.mark.any_host
 def test_a_seed_says_everything(training: Training) -> None:
     with torch.inference_mode():
         assert training.run().digest == training.run().digest != training.run(seed=1).digest
 
 
+@pytest.mark.any_host
 def test_checkpointing_and_micro_batches_change_nothing_but_memory(training: Training) -> None:
     with torch.inference_mode():
         plain, checkpointed, split = (

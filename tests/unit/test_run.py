@@ -452,7 +452,9 @@ def test_a_loss_that_is_no_number_keeps_the_best_step(state: Path) -> None:
         host.poison = update.step == 5
 
     run = Run(a_trainer(host=host, steps=9), scorer=Listed({2: 0.9, 4: 0.5}), state=state, every=2, listeners=[poison])
-    with pytest.raises(TrainingError, match=r"loss of step 6 .* Lower value_rate \(now 0\.1\), .* step 2 is kept") as failed:
+    with pytest.raises(
+        TrainingError, match=r"loss of step 6 .* Lower value_rate \(now 0\.1\), .* step 2 is kept"
+    ) as failed:
         run.run()
     outcome = failed.value.outcome
     assert outcome is not None
