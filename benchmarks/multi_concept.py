@@ -49,7 +49,7 @@ OPEN = 0.5
 # Super-categories that stand in one prompt.
 ARRANGEMENTS = {
     "two_different": [("teddy bear", "cat"), ("cup", "robot"), ("cat", "car")],
-    "two_same": [("teddy bear", "teddy bear"), ("cat", "cat")],
+    "two_same": [(kind, kind) for kind in ("teddy bear", "cat", "cup", "robot", "car")],
     "three": [("teddy bear", "cat", "cup"), ("robot", "car", "cat")],
     "five": [("teddy bear", "cat", "cup", "robot", "car")],
 }

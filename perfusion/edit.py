@@ -434,7 +434,8 @@ class KeyValueEdit:
 
     Concepts of a ``focus`` (j,) above 1 have their words looked at more: a host that can adds what ``focus()`` says
     before the softmax of cross-attention, for several concepts place by place (``places``), those of the same number in
-    ``kinds`` (j,) side by side.
+    ``kinds`` (j,) side by side. A host that leaves prompt weights of such words out of its encodings sets ``weights``
+    (b, m), 1 for all other tokens: a word is looked at so many times as much, and its looks stay as they were learned.
     """
 
     def __init__(
@@ -456,6 +457,7 @@ class KeyValueEdit:
         self._kinds = kinds
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
         self.words: Tensor | None = None
+        self.weights: Tensor | None = None
         self.numbers = None if numbers is None else torch.tensor(numbers)
         self.directions = directions
         self.o_star_v = o_star_v
@@ -535,13 +537,18 @@ class KeyValueEdit:
             return None
         if torch.compiler.is_compiling():
             return self._focus_of(context, factors)
-        return self._remembered_focus.value((context, self.words), lambda: self._focus_of(context, factors))
+        made_of = context, self.words, self.weights
+        return self._remembered_focus.value(made_of, lambda: self._focus_of(context, factors))
 
     def _focus_of(self, context: Tensor, factors: Tensor) -> Focus:
         with torch.no_grad(), _full_precision(context.device):
             counting = self.directions_on(context.device).focused(context)
             share = counting * self.gates(context) * of_own_word(self.belonging(context))
-            return Focus(share * self._place("focus", factors, share), self._kinds)
+            weights = self.weights
+            if weights is not None and weights.shape != context.shape[:2]:
+                weights = None  # of another context
+            weighing = None if weights is None else weights.to(share).log()
+            return Focus(share * self._place("focus", factors, share), self._kinds, weighing)
 
     def _owners(self, context: Tensor) -> Tensor | None:
         """Whose word each token is, (b, m, j) bool; None where it is not known of this very context."""

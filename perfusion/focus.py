@@ -11,15 +11,21 @@ from torch import Tensor
 class Focus:
     """What is added for the words of J concepts in one context: ``parts`` (b, m, j), float32, 0 for other tokens.
 
-    ``everywhere`` (b, 1, m) is that of all of them, the same at all places; ``most`` (b, j) the most that is added for
-    a word of each. Concepts of the same number in ``kinds`` (j,) are of one kind; without, each is of its own.
+    ``weighing`` (b, m) is what is added for prompt weights, at all places alike. ``everywhere`` (b, 1, m) is all of it,
+    the same at all places; ``most`` (b, j) the most that is added for a word of each. Concepts of the same number in
+    ``kinds`` (j,) are of one kind; without, each is of its own.
     """
 
-    def __init__(self, parts: Tensor, kinds: Sequence[int] | None = None):
+    def __init__(self, parts: Tensor, kinds: Sequence[int] | None = None, weighing: Tensor | None = None):
         self.parts = parts
         self.kinds = range(parts.shape[-1]) if kinds is None else kinds
-        self.everywhere = parts.sum(-1).unsqueeze(1)
+        self.weighing = weighing
+        self.everywhere = self.weighed(parts.sum(-1).unsqueeze(1))
         self.most = parts.amax(1)
+
+    def weighed(self, bias: Tensor) -> Tensor:
+        """A bias (b, places or 1, m) with what is added for prompt weights."""
+        return bias if self.weighing is None else bias + self.weighing.unsqueeze(1)
 
 
 def with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:

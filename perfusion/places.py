@@ -38,7 +38,7 @@ _WHOLE_FROM = 2.0  # of concepts of one kind, one looked at half as much as anot
 
 def placed(focus: Focus, shares: Tensor) -> Tensor:
     """What is added before the softmax at each place, by the shares (b, t, j) of concepts: (b, t, m)."""
-    return einsum(focus.parts, 2 * shares - 1, "b m j, b t j -> b t m")
+    return focus.weighed(einsum(focus.parts, 2 * shares - 1, "b m j, b t j -> b t m"))
 
 
 class Places:

@@ -137,7 +137,13 @@ class ConceptStack:
     @property
     def focuses(self) -> bool:
         """Whether any word is to be looked at more than by itself."""
-        return any(use.concept.focus != 1 and use.gate.focus_share > 0 for use in self.uses)
+        return bool(self.looked_at)
+
+    @property
+    def looked_at(self) -> frozenset[str]:
+        """The words that are to be looked at more than by themselves. A prompt weight says how much, too."""
+        looked_at = [use for use in self.uses if use.concept.focus != 1 and use.gate.focus_share > 0]
+        return frozenset(use.concept.placeholder for use in looked_at)
 
     @property
     def rescopes(self) -> bool:

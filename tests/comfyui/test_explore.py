@@ -312,6 +312,31 @@ def test_words_of_several_concepts_are_looked_at_by_place(lab: Lab) -> None:
     assert torch.equal(found, lab.sample(model, text, negative))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_weight_says_how_much_a_word_is_looked_at(lab: Lab, count: int) -> None:
+    """At all places alike, whatever else is there of regions; with a weight of 1, or none, the same to the bit."""
+    stack = lab.host.module("perfusion.stack")
+    uses = focused_pair(lab).uses[:count]
+    of_masks, found = [], []
+    half = torch.zeros(8, 8)
+    half[:, :4] = 1
+    for region in (None, half):
+        model, clip = at(lab, stack.ConceptStack((replace(uses[0], region=region), *uses[1:])))
+        for word in (TEDDY, f"({TEDDY}:1.0)", f"({TEDDY}:1.4)"):
+            watched, masks = model.clone(), Masks()
+            watched.model_options["transformer_options"] = {"optimized_attention_override": masks}
+            text, negative = lab.encode(clip, BOTH.replace(TEDDY, word)), lab.encode(clip, "blurry")
+            found.append(lab.sample(watched, text, negative))
+            of_masks.append(next(mask for _, mask in masks.seen if mask is not None))
+    for plain, one, loud in (found[:3], found[3:]):
+        assert torch.equal(plain, one) and not torch.allclose(plain, loud, atol=1e-4)
+    for plain, one, loud in (of_masks[:3], of_masks[3:]):
+        assert torch.equal(plain, one)
+        changed = (loud - plain).nan_to_num()
+        assert changed.max() == pytest.approx(math.log(1.4), abs=1e-3) and changed.min() == 0
+        assert len(changed.flatten(0, 1).amax(0).nonzero()) == 1, "of one token"
+
+
 def test_what_is_drawn_in_windows_has_no_places_of_others(lab: Lab) -> None:
     """Context windows hand over some pictures of a batch at a time, under the same names."""
     model, clip = at(lab, focused_pair(lab))

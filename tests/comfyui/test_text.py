@@ -99,6 +99,25 @@ def test_prompt_weights(lab: Lab, clip: Any) -> None:
     assert torch.allclose(loud[:, 1], plain[:, 1], atol=1e-5)
 
 
+def test_prompt_weights_of_words_that_are_looked_at_more(lab: Lab) -> None:
+    """They are told to the network, which looks at the word so many times as much; its encoding stays as learned."""
+    focused, plain = dataclasses.replace(lab.concept(), focus=20.0), lab.concept(CAT, "cat", seed=1)
+    clip = lab.applied(focused, plain)[1]
+    text = f"a ({TEDDY}:1.3) and a ({CAT}:1.3) on the (beach:0.7)"
+    (context, extra), *_ = lab.encode(clip, text)
+    (without, other), *_ = lab.encode(clip, text.replace(f"({TEDDY}:1.3)", TEDDY))
+    assert torch.equal(context, without)
+    assert not torch.allclose(context[:, 5], lab.encode(clip, f"a {TEDDY} and a {CAT}")[0][0][:, 5], atol=1e-3)
+    weights = [each["model_conds"]["perfusion_weights"].cond.flatten() for each in (extra, other)]
+    assert weights[0].nonzero().numel() == 77 and (weights[0] != 1).nonzero().flatten().tolist() == [2]
+    assert float(weights[0][2]) == pytest.approx(1.3) and (weights[1] == 1).all()
+    # Nothing is looked at 0 times as much, or less: these weights are the host's.
+    (context, extra), *_ = lab.encode(clip, f"a ({TEDDY}:0)")
+    assert torch.allclose(context[:, 2], lab.encode(lab.clip, "")[0][0][:, 2], atol=1e-5)
+    assert (extra["model_conds"]["perfusion_weights"].cond == 1).all()
+    assert "perfusion_weights" not in lab.encode(lab.applied(plain)[1], text)[0][1].get("model_conds", {})
+
+
 def test_beyond_the_first_chunk(lab: Lab, clip: Any) -> None:
     long = "an old house by the sea and a boat, " * 9
     first, second = words(clip, f"{long} {TEDDY} {CAT}")
@@ -280,6 +299,10 @@ def test_encoders_with_texts_of_their_own_are_left_alone(lab: Lab, sdxl: Any) ->
         encode = sdxl.cond_stage_model.encode_token_weights
         out, told = text._heard({"g": other["g"], "l": same["l"]}, stack, super_categories, encode)
         assert not told and torch.equal(out[0], encode({"g": other["g"], "l": same["l"]})[0])
+        loud = own.tokenize_with_weights(f"a ({TEDDY}:1.3) sits")["l"]
+        focused = lab.stack(dataclasses.replace(with_scope(lab.concept()), focus=20.0))
+        out, told = text._heard({"g": other["g"], "l": loud}, focused, super_categories, encode)
+        assert not told and torch.equal(out[0], encode({"g": other["g"], "l": loud})[0]), "weights are the host's there"
         for tokens, written in ((same, "a teddy bear sits"), (long, "a teddy bear " + "and a house " * 24)):
             out, told = text._heard(tokens, stack, super_categories, encode)
             assert text.KEY_WORDS in told

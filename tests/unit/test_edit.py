@@ -624,6 +624,25 @@ def test_where_words_are_told_confined_concepts_and_those_that_are_everywhere_le
     assert torch.allclose(found[:, elsewhere], projected(3)[:, elsewhere], atol=1e-4)
 
 
+def test_a_prompt_weight_says_how_much_a_word_is_looked_at() -> None:
+    world = World(2)
+    edit = KeyValueEdit(world.directions(competing=True), world.e_super, {LAYER: world.o_star}, focus=[20.0, 20.0])
+    context = world.context(batch=1)
+    before = edit.focus(context)
+    assert before is not None and before.weighing is None
+    value = edit.project(LAYER, "v", context, world.linear)
+    edit.weights = torch.ones(1, 77)
+    edit.weights[0, 2], edit.weights[0, 7] = 1.4, 0.5
+    weighed = edit.focus(context)
+    assert weighed is not None and torch.equal(weighed.parts, before.parts) and torch.equal(weighed.most, before.most)
+    added = (weighed.everywhere - before.everywhere)[0, 0].exp()
+    assert torch.allclose(added, edit.weights[0], atol=1e-5), "so many times as much, before all is brought to 1"
+    assert torch.equal(edit.project(LAYER, "v", context, world.linear), value), "its looks stay what they were"
+    edit.weights = torch.full((1, 12), 2.0)
+    of_others = edit.focus(context)
+    assert of_others is not None and of_others.weighing is None, "those of another context say nothing of this one"
+
+
 def test_twins_leave_others_what_they_are() -> None:
     """Concepts that are confined and all but parallel count as one where others are told from them."""
     world = World(4)

@@ -56,6 +56,17 @@ def test_each_word_is_looked_at_where_its_thing_is_to_be() -> None:
     assert not bias[0, :, [0, 1, 3, 4, 6, 7, 8]].any(), "other tokens are looked at as ever"
 
 
+def test_prompt_weights_count_at_all_places_alike() -> None:
+    focus, weighing = focus_of((2,), (5,)), torch.zeros(1, 9)
+    weighing[0, 2] = math.log(0.8)
+    shares = of_two(focus).shares(focus, SIZE)
+    assert shares is not None
+    weighed = Focus(focus.parts, weighing=weighing)
+    assert torch.equal(of_two(weighed).shares(weighed, SIZE), shares), "they do not say where"
+    assert torch.allclose(placed(weighed, shares) - placed(focus, shares), weighing.expand(PLACES, 9), atol=1e-6)
+    assert torch.allclose(weighed.everywhere - focus.everywhere, weighing.unsqueeze(1), atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [(2, 3), (8, 12), (7, 11)])
 def test_layers_of_any_size_look_alike(size: tuple[int, int]) -> None:
     focus = focus_of((2,), (5,))

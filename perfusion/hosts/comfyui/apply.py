@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
@@ -24,7 +24,7 @@ from ...places import Places
 from ...stack import ConceptStack, shut_words
 from .steering import replaced_in, steered
 from .structure import projections
-from .text import KEY, KEY_SHIFT, KEY_WORDS, Companion
+from .text import KEY, KEY_SHIFT, KEY_WEIGHTS, KEY_WORDS, Companion
 
 logger = logging.getLogger(__name__)
 
@@ -170,18 +170,26 @@ def _nothing(patcher: Any) -> None:
     """Stands in for an injection that happens later: see ``attach``."""
 
 
+class _Came(NamedTuple):
+    """What came with a conditioning: see ``KeyValueEdit``."""
+
+    shift: Tensor | None
+    words: Tensor | None
+    weights: Tensor | None
+
+
 def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one call of the network: those concepts are in whose part of sampling it is, the words of those with a
     region are looked for there only, those with a focus are looked at more, and what came with the conditioning, the
-    shift and whose word each token is, is handed to the edit in force.
+    shift, whose word each token is and the weights of words, is handed to the edit in force.
     """
-    shift, words = kwargs.pop(KEY_SHIFT, None), kwargs.pop(KEY_WORDS, None)
+    came = _Came(*(kwargs.pop(key, None) for key in (KEY_SHIFT, KEY_WORDS, KEY_WEIGHTS)))
     patcher = getattr(executor.class_obj, "current_patcher", None)
     owner = patcher.get_attachment(KEY) if patcher is not None else None
     if owner is None or owner.edit is None:
         return executor(*args, **kwargs)
     if not owner.scheduled and not owner.has_regions and not owner.edit.focuses:
-        return _told(owner, shift, words, executor, args, kwargs)
+        return _told(owner, came, executor, args, kwargs)
     everything, chosen = owner.edit, (True,) * len(owner.stack)
     if owner.scheduled:
         chosen = _in_turn(owner.stack, args[1], executor.class_obj.model_sampling)
@@ -191,14 +199,14 @@ def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
             return executor(*args, **kwargs)
         regions = [use.region for use in owner.stack.uses] if owner.has_regions and _is_whole(owner, args[0]) else []
         if not regions and not owner.edit.focuses:
-            return _told(owner, shift, words, executor, args, kwargs)
+            return _told(owner, came, executor, args, kwargs)
         sampling, options = owner.sampling, _options_of(args, kwargs)
         part = _is_part(sampling, args[0], options)
         rows = [] if sampling is None or part else _prompts_of(sampling, args[0], options)
         places = Places(None if sampling is None else _said_before(sampling, rows), part=part)
         steer = partial(steered, edit=owner.edit, regions=regions, places=places)
         args, kwargs = _with_options(args, kwargs, partial(_told_of_blocks, owner, steer))
-        made = _told(owner, shift, words, executor, args, kwargs)
+        made = _told(owner, came, executor, args, kwargs)
         said = places.said
         # Whoever enlarges the batch on its way to the layers has rows of its own.
         if sampling is not None and rows and said is not None and len(said) == len(rows) * sampling.pictures:
@@ -285,28 +293,30 @@ def _with_options(
     return args, {**kwargs, "transformer_options": options}
 
 
-def _told(owner: Applied, shift: Tensor | None, words: Tensor | None, executor: Any, args: Any, kwargs: Any) -> Any:
+def _told(owner: Applied, came: _Came, executor: Any, args: Any, kwargs: Any) -> Any:
     """The call of the network, with what came along set on the edit in force."""
     assert owner.edit is not None
-    if shift is None and "global" in owner.edit.key_lock.locks and not owner.told_of_fallback:
+    if came.shift is None and "global" in owner.edit.key_lock.locks and not owner.told_of_fallback:
         owner.told_of_fallback = True
         logger.info(
             "Key lock 'global' needs prompts encoded by the CLIP of Apply Concepts and passed on as they are; for "
             "others, and with extensions that rearrange them, 'local' is used."
         )
-    if words is None and (owner.stack.rescopes or owner.stack.focuses) and not owner.told_of_scope:
+    if came.words is None and (owner.stack.rescopes or owner.stack.focuses) and not owner.told_of_scope:
         owner.told_of_scope = True
         logger.info(
             "A conditioning comes without word of whose each of its tokens is: it was not encoded by the CLIP of Apply "
-            "Concepts, or another extension has rearranged it. Gates are opened there by what is in the encodings."
+            "Concepts, or another extension or node has rearranged it. Gates are opened there by what is in the "
+            "encodings, and prompt weights of concepts' words do not count."
         )
     edit = owner.edit
-    edit.key_lock.shift = shift
-    edit.words = None if words is None else words.squeeze(-1)
+    edit.key_lock.shift = came.shift
+    edit.words = None if came.words is None else came.words.squeeze(-1)
+    edit.weights = None if came.weights is None else came.weights.squeeze(-1)
     try:
         return executor(*args, **kwargs)
     finally:
-        edit.key_lock.shift = edit.words = None
+        edit.key_lock.shift = edit.words = edit.weights = None
 
 
 def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) -> None:

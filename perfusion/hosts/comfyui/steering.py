@@ -146,7 +146,8 @@ class _Layers:
         if not any(region is not None for region in self._regions):
             return None, focus
         placeless = torch.tensor([region is None for region in self._regions], device=focus.parts.device)
-        return Focus(focus.parts * ~placeless).everywhere, Focus(focus.parts * placeless, focus.kinds)
+        everywhere = Focus(focus.parts * ~placeless, weighing=focus.weighing).everywhere
+        return everywhere, Focus(focus.parts * placeless, focus.kinds)
 
     def _bias(self, q: Tensor, k: Tensor) -> Tensor | None:
         """What is added before the softmax of queries (b, places, i) and keys (b, m, i): (b, places or 1, m)."""

@@ -26,6 +26,7 @@ from .structure import encoder_widths
 KEY = "perfusion"
 KEY_SHIFT = "perfusion_key_shift"
 KEY_WORDS = "perfusion_words"
+KEY_WEIGHTS = "perfusion_weights"
 KEY_CAPTIONS = "perfusion_captions"
 
 
@@ -314,19 +315,21 @@ def _heard(
     encode_: Callable[[dict[str, Any]], Any],
 ) -> tuple[Any, dict[str, Tensor]]:
     """What the text encoder gives for a prompt in which each word is heard as far as its scope says, and what is told
-    of its tokens: the shift (1, chunks * m, d) that globally locked keys read, whose word each is (1, chunks * m, 1).
+    of its tokens: the shift (1, chunks * m, d) that globally locked keys read, whose word each is (1, chunks * m, 1),
+    and the weights of words that are looked at more (1, chunks * m, 1), which then leave the encodings alone.
 
     Where tokens and encodings do not correspond one to one, nothing is told, and words are heard by all behind them.
     """
-    learned = encode_(tokens)
-    of_encoders = [
-        [getattr(entry[0], "perfusion_word", ("", 0))[0] for chunk in chunks for entry in chunk]
-        for chunks in tokens.values()
-    ]
+    of_encoders = [[_word_of(entry) for chunk in chunks for entry in chunk] for chunks in tokens.values()]
     owners = of_encoders[0]
+    weights = [_told_weight(entry, stack) for chunk in next(iter(tokens.values())) for entry in chunk]
+    given = tokens
+    if any(weight != 1 for weight in weights):
+        tokens = {key: [[_unweighed(e, stack) for e in chunk] for chunk in chunks] for key, chunks in tokens.items()}
+    learned = encode_(tokens)
     # Encoders may have been given texts of their own, with words at other places.
     if len(owners) != learned[0].shape[1] or any(others != owners for others in of_encoders):
-        return learned, {}
+        return (learned if tokens is given else encode_(given)), {}
 
     @cache
     def encoded(replaced: frozenset[str]) -> tuple[Any, Tensor]:
@@ -344,10 +347,26 @@ def _heard(
     if stack.tells_words:
         numbers = [word_number(owner) if owner else 0 for owner in owners]
         told[KEY_WORDS] = torch.tensor(numbers).view(1, -1, 1)
+    if stack.focuses:
+        told[KEY_WEIGHTS] = torch.tensor(weights).view(1, -1, 1)
     if context is learned[0]:
         return learned, told
     # What belongs to no token, as the pooled output does, is that of other words.
     return (context, *encoded(stack.replaced("") & set(owners))[0][1:]), told
+
+
+def _word_of(entry: Sequence[Any]) -> str:
+    """The placeholder that a token (id or row, weight, ...) stands for, "" for none."""
+    return getattr(entry[0], "perfusion_word", ("", 0))[0]
+
+
+def _told_weight(entry: Sequence[Any], stack: ConceptStack) -> float:
+    """The weight of a token that says how much its word is looked at, and does not change its encoding; else 1."""
+    return float(entry[1]) if _word_of(entry) in stack.looked_at and entry[1] > 0 else 1.0
+
+
+def _unweighed(entry: Sequence[Any], stack: ConceptStack) -> Sequence[Any]:
+    return entry if _told_weight(entry, stack) == 1 else (entry[0], 1.0, *entry[2:])
 
 
 def _twins(

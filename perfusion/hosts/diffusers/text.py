@@ -134,9 +134,13 @@ class ClipText:
 
         The shift (b, m, d) is the encoding with super-categories in place minus the encoding: zero for prompts without
         such words, None where no concept's keys are locked globally. ``weighted``: see ``tokens``; what a token's
-        encoding differs by from that of an empty prompt is multiplied by its weight, as ComfyUI does.
+        encoding differs by from that of an empty prompt is multiplied by its weight, as ComfyUI does, but for those
+        whose weight is told to the edit: see ``weights``.
         """
-        tokens = self._stack_tokens(prompts, stack, weighted=weighted)
+        tokens = [
+            [token._replace(weight=1.0) if _is_told(token, stack) else token for token in prompt]
+            for prompt in self._stack_tokens(prompts, stack, weighted=weighted)
+        ]
         rows = [concept.embeddings[self.name] for concept in stack.concepts]
         stacked = torch.cat(rows) if rows else None
         super_categories = {c.placeholder: [Token(id_) for id_ in self.ids(c.super_category)] for c in stack.concepts}
@@ -168,6 +172,13 @@ class ClipText:
         numbers = {placeholder: word_number(placeholder) for placeholder in stack.placeholders}
         tokens = self._stack_tokens(prompts, stack, weighted=weighted)
         return torch.tensor([[numbers.get(token.word, 0) for token in prompt] for prompt in tokens])
+
+    def weights(self, prompts: Sequence[str], stack: ConceptStack) -> Tensor:
+        """The prompt weights of words that are looked at more, 1 for all other tokens: (b, m); see ``KeyValueEdit``."""
+        tokens = self._stack_tokens(prompts, stack, weighted=True)
+        return torch.tensor(
+            [[token.weight if _is_told(token, stack) else 1.0 for token in prompt] for prompt in tokens]
+        )
 
     def _stack_tokens(
         self, prompts: Sequence[str], stack: ConceptStack, *, weighted: bool = False
@@ -212,6 +223,11 @@ def encode_prompts(
 def contains_word(prompts: Sequence[str], stack: ConceptStack) -> bool:
     """Whether the word of any concept stands in any of the prompts."""
     return any(word in prompt.lower() for prompt in prompts for word in stack.placeholders)
+
+
+def _is_told(token: Token, stack: ConceptStack) -> bool:
+    """Whether a token's weight says how much its word is looked at, and does not change its encoding."""
+    return token.word in stack.looked_at and token.weight > 0
 
 
 def weighted_parts(prompt: str) -> list[tuple[str, float]]:
