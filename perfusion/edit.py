@@ -35,7 +35,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from einops import einsum, rearrange
@@ -380,7 +380,7 @@ def _for_batch(values: Tensor, batch: int, *, alone: bool = True) -> Tensor:
 
 
 class _Remembered:
-    """What was computed from a context, its shift and its words, for as long as these very tensors live unchanged."""
+    """What was computed from a context and what is told of it, for as long as these very tensors live unchanged."""
 
     def __init__(self, made_of: tuple[Tensor | None, ...], value: Any):
         self._made_of = [None if tensor is None else weakref.ref(tensor) for tensor in made_of]
@@ -420,6 +420,15 @@ class _Memory:
         return value
 
 
+class Weighed(NamedTuple):
+    """Prompt weights of words that are looked at more, 1 for all other tokens, (b, m); and ``without`` (b, m, d), what
+    their encodings differ by where they have none, 0 for all other tokens.
+    """
+
+    weights: Tensor
+    without: Tensor
+
+
 class KeyValueEdit:
     """The edits of J concepts on the key and value projections of one model.
 
@@ -434,8 +443,9 @@ class KeyValueEdit:
 
     Concepts of a ``focus`` (j,) above 1 have their words looked at more: a host that can adds what ``focus()`` says
     before the softmax of cross-attention, for several concepts place by place (``places``), those of the same number in
-    ``kinds`` (j,) side by side. A host that leaves prompt weights of such words out of its encodings sets ``weights``
-    (b, m), 1 for all other tokens: a word is looked at so many times as much, and its looks stay as they were learned.
+    ``kinds`` (j,) side by side. Prompt weights would change the looks of such words, which were learned without. A host
+    that knows what they do sets ``weighed``: then encodings are as without, and a word is looked at so many times as
+    much as its weight says.
     """
 
     def __init__(
@@ -457,7 +467,7 @@ class KeyValueEdit:
         self._kinds = kinds
         self._anchors = torch.tensor(anchored).float().unsqueeze(-1) if anchored and any(anchored) else None
         self.words: Tensor | None = None
-        self.weights: Tensor | None = None
+        self.weighed: Weighed | None = None
         self.numbers = None if numbers is None else torch.tensor(numbers)
         self.directions = directions
         self.o_star_v = o_star_v
@@ -466,7 +476,7 @@ class KeyValueEdit:
         self.key_lock = KeyLock(tuple(locks) if locks is not None else ("local",) * len(directions))
         self._placed: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._directions_on: dict[torch.device, Directions] = {}
-        self._remembered, self._remembered_focus = _Memory(), _Memory()
+        self._remembered, self._remembered_focus, self._remembered_unweighed = _Memory(), _Memory(), _Memory()
 
     def project(
         self, layer: str, path: Literal["k", "v"], context: Tensor, linear: Callable[[Tensor], Tensor]
@@ -476,7 +486,8 @@ class KeyValueEdit:
         ``W i*`` and the locked ``W_K e_key`` are read by sending them through ``linear`` behind the tokens, in the same
         call: exact under whatever the host does to its weights (low-rank patches, casting, offloading, hooks).
         """
-        coefficients = self._coefficients(context)
+        given, context = context, self._unweighed(context)
+        coefficients = self._coefficients(context, given)
         i_star = self._place("i*", self.directions.i_star, context)
         if path == "k":
             tokens = coefficients.get("k_tokens", context)
@@ -494,17 +505,33 @@ class KeyValueEdit:
             target = target.to(read) + anchor * self._place("anchors", self._anchors, context).to(anchor)
         return _added(projected, coefficients["v"], torch.cat([read, target], dim=1))
 
-    def _coefficients(self, context: Tensor) -> dict[str, Tensor]:
+    def _unweighed(self, context: Tensor) -> Tensor:
+        """A context with the encodings of words as they are without their weights."""
+        weighed = self._weighed_in(context)
+        if weighed is None:
+            return context
+        if torch.compiler.is_compiling():
+            return context + weighed.without.to(context)
+        made_of = context, weighed.without
+        return self._remembered_unweighed.value(made_of, lambda: context + weighed.without.to(context))
+
+    def _weighed_in(self, context: Tensor) -> Weighed | None:
+        """What is told of this very context, where its words are looked at more."""
+        weighed = self.weighed if self._focus is not None else None
+        return weighed if weighed is not None and weighed.without.shape == context.shape else None
+
+    def _coefficients(self, context: Tensor, given: Tensor) -> dict[str, Tensor]:
         # A compiler removes the common subexpressions itself and must not trace bookkeeping on weak references.
         # What carries a graph is computed anew: a checkpointed block must do the same work in the backward pass, and
         # what was computed without a graph has none to give.
         if torch.compiler.is_compiling() or (context.requires_grad and torch.is_grad_enabled()):
-            return self._compute(context)
+            return self._compute(context, given)
         made_of = context, self.key_lock.shift, self.words
-        return self._remembered.value(made_of, lambda: self._compute(context))
+        return self._remembered.value(made_of, lambda: self._compute(context, given))
 
     def gates(self, context: Tensor) -> Tensor:
         """g of each token, before strength, by the words that are set: (b, m, d) -> (b, m, j), float32."""
+        context = self._unweighed(context)
         owners = self._owners(context)
         return self._kept_in(self.directions_on(context.device).gates(context, owners)[1], owners)
 
@@ -516,7 +543,9 @@ class KeyValueEdit:
     def belonging(self, context: Tensor) -> Tensor:
         """How far each token is a concept's word: exactly, where words are set. (b, m, d) -> (b, m, j), float32."""
         owners = self._owners(context)
-        return self.directions_on(context.device).belonging(context) if owners is None else owners.float()
+        if owners is not None:
+            return owners.float()
+        return self.directions_on(context.device).belonging(self._unweighed(context))
 
     @property
     def focuses(self) -> bool:
@@ -530,24 +559,24 @@ class KeyValueEdit:
         Of a token m and concept j it is ``share_j strength_j g_mj w_mj log(focus_j)``, of a strength that counts up to
         1, with w_mj 1 for a word of the concept and 0 for others: at full share and strength, with its gate open, the
         word's part of the attention is multiplied by the focus (before all parts are brought to a sum of 1); as the
-        gate shuts, by less. No gradient goes through it.
+        gate shuts, by less. With it comes the logarithm of each token's weight, where these are told (``weighed``). No
+        gradient goes through any of it.
         """
         factors = self._focus
         if factors is None:
             return None
         if torch.compiler.is_compiling():
             return self._focus_of(context, factors)
-        made_of = context, self.words, self.weights
+        weighed = self._weighed_in(context)
+        made_of = context, self.words, None if weighed is None else weighed.weights
         return self._remembered_focus.value(made_of, lambda: self._focus_of(context, factors))
 
     def _focus_of(self, context: Tensor, factors: Tensor) -> Focus:
         with torch.no_grad(), _full_precision(context.device):
             counting = self.directions_on(context.device).focused(context)
             share = counting * self.gates(context) * of_own_word(self.belonging(context))
-            weights = self.weights
-            if weights is not None and weights.shape != context.shape[:2]:
-                weights = None  # of another context
-            weighing = None if weights is None else weights.to(share).log()
+            weighed = self._weighed_in(context)
+            weighing = None if weighed is None else weighed.weights.to(share).log()
             return Focus(share * self._place("focus", factors, share), self._kinds, weighing)
 
     def _owners(self, context: Tensor) -> Tensor | None:
@@ -564,12 +593,12 @@ class KeyValueEdit:
             return coefficients
         return coefficients * (owners | ~directions.confined)
 
-    def _compute(self, context: Tensor) -> dict[str, Tensor]:
+    def _compute(self, context: Tensor, given: Tensor) -> dict[str, Tensor]:
         owners = self._owners(context)
         both = self.directions_on(context.device).coefficients(context, owners)
         subtracted, opened = (self._kept_in(part, owners) for part in both)
         value = {"v": torch.cat([subtracted, opened], dim=-1).to(context.dtype)}
-        shifted = self.key_lock.shifted(context)
+        shifted = self.key_lock.shifted(given)
         if shifted is not None:
             value["k_tokens"] = shifted
         locally = self.key_lock.locally(shifted is not None)

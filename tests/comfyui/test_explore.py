@@ -314,7 +314,7 @@ def test_words_of_several_concepts_are_looked_at_by_place(lab: Lab) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_weight_says_how_much_a_word_is_looked_at(lab: Lab, count: int) -> None:
-    """At all places alike, whatever else is there of regions; with a weight of 1, or none, the same to the bit."""
+    """At all places alike, whatever else is there of regions; where nothing is told of weights, nothing changes."""
     stack = lab.host.module("perfusion.stack")
     uses = focused_pair(lab).uses[:count]
     of_masks, found = [], []
@@ -322,16 +322,18 @@ def test_a_weight_says_how_much_a_word_is_looked_at(lab: Lab, count: int) -> Non
     half[:, :4] = 1
     for region in (None, half):
         model, clip = at(lab, stack.ConceptStack((replace(uses[0], region=region), *uses[1:])))
-        for word in (TEDDY, f"({TEDDY}:1.0)", f"({TEDDY}:1.4)"):
+        for word, is_told in ((TEDDY, True), (TEDDY, False), (f"({TEDDY}:1.4)", True)):
             watched, masks = model.clone(), Masks()
             watched.model_options["transformer_options"] = {"optimized_attention_override": masks}
             text, negative = lab.encode(clip, BOTH.replace(TEDDY, word)), lab.encode(clip, "blurry")
+            for conditioning in () if is_told else (text, negative):
+                del conditioning[0][1]["model_conds"]["perfusion_weighed"]
             found.append(lab.sample(watched, text, negative))
             of_masks.append(next(mask for _, mask in masks.seen if mask is not None))
-    for plain, one, loud in (found[:3], found[3:]):
-        assert torch.equal(plain, one) and not torch.allclose(plain, loud, atol=1e-4)
-    for plain, one, loud in (of_masks[:3], of_masks[3:]):
-        assert torch.equal(plain, one)
+    for plain, untold, loud in (found[:3], found[3:]):
+        assert torch.equal(plain, untold) and not torch.allclose(plain, loud, atol=1e-4)
+    for plain, untold, loud in (of_masks[:3], of_masks[3:]):
+        assert torch.equal(plain, untold)
         changed = (loud - plain).nan_to_num()
         assert changed.max() == pytest.approx(math.log(1.4), abs=1e-3) and changed.min() == 0
         assert len(changed.flatten(0, 1).amax(0).nonzero()) == 1, "of one token"

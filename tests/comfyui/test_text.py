@@ -100,22 +100,36 @@ def test_prompt_weights(lab: Lab, clip: Any) -> None:
 
 
 def test_prompt_weights_of_words_that_are_looked_at_more(lab: Lab) -> None:
-    """They are told to the network, which looks at the word so many times as much; its encoding stays as learned."""
+    """The encoding is the host's, for whoever knows no better; with it comes what it is without, and the weight."""
     focused, plain = dataclasses.replace(lab.concept(), focus=20.0), lab.concept(CAT, "cat", seed=1)
     clip = lab.applied(focused, plain)[1]
     text = f"a ({TEDDY}:1.3) and a ({CAT}:1.3) on the (beach:0.7)"
     (context, extra), *_ = lab.encode(clip, text)
     (without, other), *_ = lab.encode(clip, text.replace(f"({TEDDY}:1.3)", TEDDY))
-    assert torch.equal(context, without)
-    assert not torch.allclose(context[:, 5], lab.encode(clip, f"a {TEDDY} and a {CAT}")[0][0][:, 5], atol=1e-3)
-    weights = [each["model_conds"]["perfusion_weights"].cond.flatten() for each in (extra, other)]
-    assert weights[0].nonzero().numel() == 77 and (weights[0] != 1).nonzero().flatten().tolist() == [2]
-    assert float(weights[0][2]) == pytest.approx(1.3) and (weights[1] == 1).all()
-    # Nothing is looked at 0 times as much, or less: these weights are the host's.
-    (context, extra), *_ = lab.encode(clip, f"a ({TEDDY}:0)")
-    assert torch.allclose(context[:, 2], lab.encode(lab.clip, "")[0][0][:, 2], atol=1e-5)
-    assert (extra["model_conds"]["perfusion_weights"].cond == 1).all()
-    assert "perfusion_weights" not in lab.encode(lab.applied(plain)[1], text)[0][1].get("model_conds", {})
+    empty = lab.encode(lab.clip, "")[0][0]
+    assert torch.allclose(context[:, 2], empty[:, 2] + 1.3 * (without[:, 2] - empty[:, 2]), atol=1e-5)
+    told, of_none = (each["model_conds"]["perfusion_weighed"].cond for each in (extra, other))
+    assert told.shape == (1, 77, context.shape[-1] + 1)
+    assert torch.allclose(context[:, 2] + told[:, 2, :-1], without[:, 2], atol=1e-5)
+    assert told[..., :-1].abs().amax(-1).nonzero()[:, 1].tolist() == [2], "weights of all else are the host's"
+    assert (told[0, :, -1] != 1).nonzero().flatten().tolist() == [2] and float(told[0, 2, -1]) == pytest.approx(1.3)
+    # Nothing is looked at 0 times as much, or less.
+    none = lab.encode(clip, f"a ({TEDDY}:0)")[0][1]["model_conds"]["perfusion_weighed"].cond
+    for each in (of_none, none):
+        assert not each[..., :-1].any() and (each[..., -1] == 1).all()
+    assert "perfusion_weighed" not in lab.encode(lab.applied(plain)[1], text)[0][1].get("model_conds", {})
+
+
+@pytest.mark.parametrize("scope", ["word", "prompt"])
+def test_whoever_passes_on_the_encoding_alone_has_the_host_s_weights(lab: Lab, scope: str) -> None:
+    """Many text nodes of others do, and joined conditionings tell nothing of their tokens."""
+    focused = dataclasses.replace(lab.concept(), focus=20.0, scope=scope)
+    model, clip = lab.applied(focused)
+    pictures = []
+    for text in (f"a ({TEDDY}:1.6) sits", f"a {TEDDY} sits"):
+        alone = [[lab.encode(clip, text)[0][0], {}]]
+        pictures.append(lab.sample(model, alone, lab.encode(clip, "blurry")))
+    assert not torch.allclose(*pictures, atol=1e-3)
 
 
 def test_beyond_the_first_chunk(lab: Lab, clip: Any) -> None:
@@ -299,10 +313,16 @@ def test_encoders_with_texts_of_their_own_are_left_alone(lab: Lab, sdxl: Any) ->
         encode = sdxl.cond_stage_model.encode_token_weights
         out, told = text._heard({"g": other["g"], "l": same["l"]}, stack, super_categories, encode)
         assert not told and torch.equal(out[0], encode({"g": other["g"], "l": same["l"]})[0])
-        loud = own.tokenize_with_weights(f"a ({TEDDY}:1.3) sits")["l"]
         focused = lab.stack(dataclasses.replace(with_scope(lab.concept()), focus=20.0))
-        out, told = text._heard({"g": other["g"], "l": loud}, focused, super_categories, encode)
-        assert not told and torch.equal(out[0], encode({"g": other["g"], "l": loud})[0]), "weights are the host's there"
+        loud, less = (
+            own.tokenize_with_weights(f"a ({TEDDY}:1.3) sits"),
+            own.tokenize_with_weights(f"a ({TEDDY}:.5) sits"),
+        )
+        for given, weight in ((loud, 1.3), ({"g": loud["g"], "l": less["l"]}, 1.0)):
+            out, told = text._heard(given, focused, super_categories, encode)
+            assert told[text.KEY_WEIGHED][0, 2, -1] == pytest.approx(weight), "both have to say the same"
+            expected = encode(same)[0][:, 2] if weight != 1 else out[0][:, 2]
+            assert torch.allclose(out[0][:, 2] + told[text.KEY_WEIGHED][:, 2, :-1], expected, atol=1e-4)
         for tokens, written in ((same, "a teddy bear sits"), (long, "a teddy bear " + "and a house " * 24)):
             out, told = text._heard(tokens, stack, super_categories, encode)
             assert text.KEY_WORDS in told

@@ -29,6 +29,7 @@ from perfusion.edit import (
     Gate,
     KeyValueEdit,
     ParallelConceptsError,
+    Weighed,
     gate,
     presence,
     preserving_gate,
@@ -630,17 +631,37 @@ def test_a_prompt_weight_says_how_much_a_word_is_looked_at() -> None:
     context = world.context(batch=1)
     before = edit.focus(context)
     assert before is not None and before.weighing is None
-    value = edit.project(LAYER, "v", context, world.linear)
-    edit.weights = torch.ones(1, 77)
-    edit.weights[0, 2], edit.weights[0, 7] = 1.4, 0.5
-    weighed = edit.focus(context)
-    assert weighed is not None and torch.equal(weighed.parts, before.parts) and torch.equal(weighed.most, before.most)
+    weights, empty = torch.ones(1, 77), world.context(batch=1)[:, :1]
+    weights[0, 2], weights[0, 7] = 1.4, 0.5
+    differs = (weights != 1).unsqueeze(-1)
+    given = torch.where(differs, empty + weights.unsqueeze(-1) * (context - empty), context)  # as hosts weigh them
+    unknowing = edit.focus(given)
+    edit.weighed = Weighed(weights, context - given)
+    weighed = edit.focus(given)
+    assert weighed is not None and unknowing is not None
+    assert torch.allclose(weighed.parts, before.parts, atol=1e-4)
+    assert not torch.allclose(unknowing.parts, before.parts, atol=1e-2)
     added = (weighed.everywhere - before.everywhere)[0, 0].exp()
-    assert torch.allclose(added, edit.weights[0], atol=1e-5), "so many times as much, before all is brought to 1"
-    assert torch.equal(edit.project(LAYER, "v", context, world.linear), value), "its looks stay what they were"
-    edit.weights = torch.full((1, 12), 2.0)
-    of_others = edit.focus(context)
-    assert of_others is not None and of_others.weighing is None, "those of another context say nothing of this one"
+    assert torch.allclose(added, weights[0], atol=1e-4), "so many times as much, before all is brought to 1"
+    for path in ("k", "v"):
+        looks = edit.project(LAYER, path, given, world.linear)
+        edit.weighed, told = None, edit.weighed
+        expected = edit.project(LAYER, path, context, world.linear)
+        distorted = edit.project(LAYER, path, given, world.linear)
+        edit.weighed = told
+        assert torch.allclose(looks, expected, atol=1e-4), "its looks stay as they were learned"
+        assert not torch.allclose(distorted, expected, atol=1e-2)
+    of_others = edit.focus(context[:, :12])
+    assert of_others is not None and of_others.weighing is None, "what is told of another context says nothing of this"
+
+
+def test_prompt_weights_are_the_host_s_where_no_word_is_looked_at_more() -> None:
+    world = World(2)
+    edit = KeyValueEdit(world.directions(competing=True), world.e_super, {LAYER: world.o_star})
+    context = world.context(batch=1)
+    value = edit.project(LAYER, "v", context, world.linear)
+    edit.weighed = Weighed(torch.full((1, 77), 2.0), torch.ones_like(context))
+    assert torch.equal(edit.project(LAYER, "v", context, world.linear), value)
 
 
 def test_twins_leave_others_what_they_are() -> None:

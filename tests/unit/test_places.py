@@ -62,7 +62,8 @@ def test_prompt_weights_count_at_all_places_alike() -> None:
     shares = of_two(focus).shares(focus, SIZE)
     assert shares is not None
     weighed = Focus(focus.parts, weighing=weighing)
-    assert torch.equal(of_two(weighed).shares(weighed, SIZE), shares), "they do not say where"
+    same = of_two(weighed).shares(weighed, SIZE)
+    assert same is not None and torch.equal(same, shares), "they do not say where"
     assert torch.allclose(placed(weighed, shares) - placed(focus, shares), weighing.expand(PLACES, 9), atol=1e-6)
     assert torch.allclose(weighed.everywhere - focus.everywhere, weighing.unsqueeze(1), atol=1e-6)
 

@@ -19,12 +19,12 @@ import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor
 
-from ...edit import Gate, KeyValueEdit
+from ...edit import Gate, KeyValueEdit, Weighed
 from ...places import Places
 from ...stack import ConceptStack, shut_words
 from .steering import replaced_in, steered
 from .structure import projections
-from .text import KEY, KEY_SHIFT, KEY_WEIGHTS, KEY_WORDS, Companion
+from .text import KEY, KEY_SHIFT, KEY_WEIGHED, KEY_WORDS, Companion
 
 logger = logging.getLogger(__name__)
 
@@ -171,19 +171,20 @@ def _nothing(patcher: Any) -> None:
 
 
 class _Came(NamedTuple):
-    """What came with a conditioning: see ``KeyValueEdit``."""
+    """What came with a conditioning: the shift of globally locked keys, whose word each token is, and what prompt
+    weights do to words, as ``text`` lays them out."""
 
     shift: Tensor | None
     words: Tensor | None
-    weights: Tensor | None
+    weighed: Tensor | None
 
 
 def _around_network(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one call of the network: those concepts are in whose part of sampling it is, the words of those with a
-    region are looked for there only, those with a focus are looked at more, and what came with the conditioning, the
-    shift, whose word each token is and the weights of words, is handed to the edit in force.
+    region are looked for there only, those with a focus are looked at more, and what came with the conditioning is
+    handed to the edit in force.
     """
-    came = _Came(*(kwargs.pop(key, None) for key in (KEY_SHIFT, KEY_WORDS, KEY_WEIGHTS)))
+    came = _Came(*(kwargs.pop(key, None) for key in (KEY_SHIFT, KEY_WORDS, KEY_WEIGHED)))
     patcher = getattr(executor.class_obj, "current_patcher", None)
     owner = patcher.get_attachment(KEY) if patcher is not None else None
     if owner is None or owner.edit is None:
@@ -306,17 +307,16 @@ def _told(owner: Applied, came: _Came, executor: Any, args: Any, kwargs: Any) ->
         owner.told_of_scope = True
         logger.info(
             "A conditioning comes without word of whose each of its tokens is: it was not encoded by the CLIP of Apply "
-            "Concepts, or another extension or node has rearranged it. Gates are opened there by what is in the "
-            "encodings, and prompt weights of concepts' words do not count."
+            "Concepts, or another extension has rearranged it. Gates are opened there by what is in the encodings."
         )
     edit = owner.edit
     edit.key_lock.shift = came.shift
     edit.words = None if came.words is None else came.words.squeeze(-1)
-    edit.weights = None if came.weights is None else came.weights.squeeze(-1)
+    edit.weighed = None if came.weighed is None else Weighed(came.weighed[..., -1], came.weighed[..., :-1])
     try:
         return executor(*args, **kwargs)
     finally:
-        edit.key_lock.shift = edit.words = edit.weights = None
+        edit.key_lock.shift = edit.words = edit.weighed = None
 
 
 def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) -> None:

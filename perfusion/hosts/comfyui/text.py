@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comfy.clip_model import CLIPEncoder
@@ -26,12 +26,12 @@ from .structure import encoder_widths
 KEY = "perfusion"
 KEY_SHIFT = "perfusion_key_shift"
 KEY_WORDS = "perfusion_words"
-KEY_WEIGHTS = "perfusion_weights"
+KEY_WEIGHED = "perfusion_weighed"
 KEY_CAPTIONS = "perfusion_captions"
 
 
 class Companion(CONDCrossAttn):
-    """What is told of each token, (1, m, d) or (1, m, 1), on its way with a conditioning, and the encoding it is of."""
+    """What is told of each token, (1, m, n), on its way with a conditioning, and the encoding it is of."""
 
     def __init__(self, cond: Tensor, encoding: Tensor | None = None):
         super().__init__(cond)
@@ -268,7 +268,8 @@ def _super_category_tokens(clip: Any, stack: ConceptStack) -> dict[str, dict[str
 
 def _hearing_injection(super_categories: Mapping[str, Mapping[str, list[int]]]) -> PatcherInjection:
     """Makes the text encoder deliver prompts in which each word is heard as far as its scope says and, with each
-    conditioning, the shift that globally locked keys read and whose word each token is, where these are asked for.
+    conditioning, the shift that globally locked keys read, whose word each token is, and what prompt weights do, where
+    these are asked for.
     """
 
     def inject(patcher: Any) -> None:
@@ -316,43 +317,57 @@ def _heard(
 ) -> tuple[Any, dict[str, Tensor]]:
     """What the text encoder gives for a prompt in which each word is heard as far as its scope says, and what is told
     of its tokens: the shift (1, chunks * m, d) that globally locked keys read, whose word each is (1, chunks * m, 1),
-    and the weights of words that are looked at more (1, chunks * m, 1), which then leave the encodings alone.
+    and ``Weighed`` of words that are looked at more (1, chunks * m, d + 1), the weights behind the rest.
 
     Where tokens and encodings do not correspond one to one, nothing is told, and words are heard by all behind them.
     """
+    learned = encode_(tokens)
     of_encoders = [[_word_of(entry) for chunk in chunks for entry in chunk] for chunks in tokens.values()]
     owners = of_encoders[0]
-    weights = [_told_weight(entry, stack) for chunk in next(iter(tokens.values())) for entry in chunk]
-    given = tokens
-    if any(weight != 1 for weight in weights):
-        tokens = {key: [[_unweighed(e, stack) for e in chunk] for chunk in chunks] for key, chunks in tokens.items()}
-    learned = encode_(tokens)
     # Encoders may have been given texts of their own, with words at other places.
     if len(owners) != learned[0].shape[1] or any(others != owners for others in of_encoders):
-        return (learned if tokens is given else encode_(given)), {}
+        return learned, {}
 
-    @cache
-    def encoded(replaced: frozenset[str]) -> tuple[Any, Tensor]:
-        twins, index = _twins(tokens, super_categories, replaced)
-        return encode_(twins), torch.tensor([index])
+    def hearing(tokens: dict[str, list[list[Any]]], learned: Any) -> _Hearing:
+        @cache
+        def encoded(replaced: frozenset[str]) -> tuple[Any, Tensor]:
+            twins, index = _twins(tokens, super_categories, replaced)
+            return encode_(twins), torch.tensor([index])
 
-    def encodings(replaced: frozenset[str]) -> tuple[Tensor, Tensor]:
-        out, index = encoded(replaced)
-        return out[0], index
+        def encodings(replaced: frozenset[str]) -> tuple[Tensor, Tensor]:
+            out, index = encoded(replaced)
+            return out[0], index
 
-    context = heard(learned[0], [owners], stack.replaced, encodings)
+        return _Hearing(lambda replaced_for: heard(learned[0], [owners], replaced_for, encodings), encoded)
+
+    context_for, encoded = hearing(tokens, learned)
+    context = context_for(stack.replaced)
     told: dict[str, Tensor] = {}
     if stack.locks_globally:
-        told[KEY_SHIFT] = heard(learned[0], [owners], partial(stack.replaced, keys=True), encodings) - context
+        told[KEY_SHIFT] = context_for(partial(stack.replaced, keys=True)) - context
     if stack.tells_words:
         numbers = [word_number(owner) if owner else 0 for owner in owners]
         told[KEY_WORDS] = torch.tensor(numbers).view(1, -1, 1)
     if stack.focuses:
-        told[KEY_WEIGHTS] = torch.tensor(weights).view(1, -1, 1)
+        weights = _weights(tokens, stack.looked_at)
+        without = torch.zeros_like(context)
+        if (weights != 1).any():
+            plain = _unweighed(tokens, stack.looked_at)
+            differing = hearing(plain, encode_(plain)).context_for(stack.replaced) - context
+            without = differing * (weights != 1).to(context)
+        told[KEY_WEIGHED] = torch.cat([without, weights.to(context)], dim=-1)
     if context is learned[0]:
         return learned, told
     # What belongs to no token, as the pooled output does, is that of other words.
     return (context, *encoded(stack.replaced("") & set(owners))[0][1:]), told
+
+
+class _Hearing(NamedTuple):
+    """What is encoded of one prompt: the context in which tokens hear what is said, as ``heard`` takes it, and all that
+    the encoder gives with super-categories in place of some words."""
+
+    context_for: Callable[[Callable[[str], frozenset[str]]], Tensor]
+    encoded: Callable[[frozenset[str]], tuple[Any, Tensor]]
 
 
 def _word_of(entry: Sequence[Any]) -> str:
@@ -360,13 +375,28 @@ def _word_of(entry: Sequence[Any]) -> str:
     return getattr(entry[0], "perfusion_word", ("", 0))[0]
 
 
-def _told_weight(entry: Sequence[Any], stack: ConceptStack) -> float:
-    """The weight of a token that says how much its word is looked at, and does not change its encoding; else 1."""
-    return float(entry[1]) if _word_of(entry) in stack.looked_at and entry[1] > 0 else 1.0
+def _is_weighed(entry: Sequence[Any], looked_at: frozenset[str]) -> bool:
+    """Whether a token's weight says how much its word is looked at: nothing is 0 times as much, or less."""
+    return entry[1] != 1 and entry[1] > 0 and _word_of(entry) in looked_at
 
 
-def _unweighed(entry: Sequence[Any], stack: ConceptStack) -> Sequence[Any]:
-    return entry if _told_weight(entry, stack) == 1 else (entry[0], 1.0, *entry[2:])
+def _weights(tokens: dict[str, list[list[Any]]], looked_at: frozenset[str]) -> Tensor:
+    """The weights of such tokens, 1 for all others and where encoders were given weights of their own: (1, m, 1)."""
+    of_encoders = [
+        [float(entry[1]) if _is_weighed(entry, looked_at) else 1.0 for chunk in chunks for entry in chunk]
+        for chunks in tokens.values()
+    ]
+    weights = torch.tensor(of_encoders[0]).view(1, -1, 1)
+    return weights if all(each == of_encoders[0] for each in of_encoders) else torch.ones_like(weights)
+
+
+def _unweighed(tokens: dict[str, list[list[Any]]], looked_at: frozenset[str]) -> dict[str, list[list[Any]]]:
+    """The tokens without such weights."""
+
+    def changed(entry: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (entry[0], 1.0, *entry[2:]) if _is_weighed(entry, looked_at) else entry
+
+    return {key: [[changed(entry) for entry in chunk] for chunk in chunks] for key, chunks in tokens.items()}
 
 
 def _twins(

@@ -13,6 +13,7 @@ from diffusers.utils.constants import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
+from ...edit import Weighed
 from ...locking import twin
 from ...scope import heard, until_last
 from ...stack import ConceptStack, word_number
@@ -134,13 +135,13 @@ class ClipText:
 
         The shift (b, m, d) is the encoding with super-categories in place minus the encoding: zero for prompts without
         such words, None where no concept's keys are locked globally. ``weighted``: see ``tokens``; what a token's
-        encoding differs by from that of an empty prompt is multiplied by its weight, as ComfyUI does, but for those
-        whose weight is told to the edit: see ``weights``.
+        encoding differs by from that of an empty prompt is multiplied by its weight, as ComfyUI does.
         """
-        tokens = [
-            [token._replace(weight=1.0) if _is_told(token, stack) else token for token in prompt]
-            for prompt in self._stack_tokens(prompts, stack, weighted=weighted)
-        ]
+        return self._heard(self._stack_tokens(prompts, stack, weighted=weighted), stack, clip_skip)
+
+    def _heard(
+        self, tokens: Sequence[Sequence[Token]], stack: ConceptStack, clip_skip: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         rows = [concept.embeddings[self.name] for concept in stack.concepts]
         stacked = torch.cat(rows) if rows else None
         super_categories = {c.placeholder: [Token(id_) for id_ in self.ids(c.super_category)] for c in stack.concepts}
@@ -173,12 +174,21 @@ class ClipText:
         tokens = self._stack_tokens(prompts, stack, weighted=weighted)
         return torch.tensor([[numbers.get(token.word, 0) for token in prompt] for prompt in tokens])
 
-    def weights(self, prompts: Sequence[str], stack: ConceptStack) -> Tensor:
-        """The prompt weights of words that are looked at more, 1 for all other tokens: (b, m); see ``KeyValueEdit``."""
+    def weighed(self, prompts: Sequence[str], stack: ConceptStack) -> Weighed | None:
+        """What prompt weights do to words that are looked at more: see ``KeyValueEdit``. None where they have none."""
         tokens = self._stack_tokens(prompts, stack, weighted=True)
-        return torch.tensor(
-            [[token.weight if _is_told(token, stack) else 1.0 for token in prompt] for prompt in tokens]
-        )
+        looked_at = stack.looked_at
+        told = torch.tensor([[token.word in looked_at and token.weight > 0 for token in prompt] for prompt in tokens])
+        weights = torch.tensor([[token.weight for token in prompt] for prompt in tokens]).where(told, torch.tensor(1.0))
+        changed = weights != 1
+        if not changed.any():
+            return None
+        plain = [
+            [token._replace(weight=1.0) if own else token for token, own in zip(prompt, row, strict=True)]
+            for prompt, row in zip(tokens, changed.tolist(), strict=True)
+        ]
+        context, expected = (self._heard(each, stack)[0] for each in (tokens, plain))
+        return Weighed(weights, (expected - context) * changed.unsqueeze(-1).to(context))
 
     def _stack_tokens(
         self, prompts: Sequence[str], stack: ConceptStack, *, weighted: bool = False
@@ -223,11 +233,6 @@ def encode_prompts(
 def contains_word(prompts: Sequence[str], stack: ConceptStack) -> bool:
     """Whether the word of any concept stands in any of the prompts."""
     return any(word in prompt.lower() for prompt in prompts for word in stack.placeholders)
-
-
-def _is_told(token: Token, stack: ConceptStack) -> bool:
-    """Whether a token's weight says how much its word is looked at, and does not change its encoding."""
-    return token.word in stack.looked_at and token.weight > 0
 
 
 def weighted_parts(prompt: str) -> list[tuple[str, float]]:
