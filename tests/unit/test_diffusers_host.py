@@ -953,11 +953,15 @@ def test_what_weights_do_to_words_that_are_looked_at_more_is_told(host: Diffuser
         context, expected = (
             host.text.encode_stack([prompt], stack, weighted=True)[0][0] for prompt in (weighed, plain)
         )
-        told = host.text.weighed([weighed], stack)
+
+        def told_of(prompt: str, stack: ConceptStack) -> Any:
+            return host.text.weighed([prompt], stack, host.text.encode_stack([prompt], stack, weighted=True)[0])
+
+        told = told_of(weighed, stack)
         assert told is not None
-        assert host.text.weighed([plain], stack) is None
-        assert host.text.weighed([f"a ({TEDDY}:0)"], stack) is None, "nothing is looked at 0 times as much"
-        assert host.text.weighed([weighed], two_concepts(host)) is None
+        assert told_of(plain, stack) is None
+        assert told_of(f"a ({TEDDY}:0)", stack) is None, "nothing is looked at 0 times as much"
+        assert told_of(weighed, two_concepts(host)) is None
     own = host.text.words([plain], stack)[0] == word_number(TEDDY)
     assert not torch.allclose(context[own], expected[own], atol=1e-3)
     assert torch.allclose((context + told.without[0])[own], expected[own], atol=1e-5)

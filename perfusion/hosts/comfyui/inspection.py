@@ -9,7 +9,7 @@ from torch import Tensor
 from ...inspection import EncodedPrompt, Token
 from ...stack import ConceptStack, StackError
 from .structure import encoder_widths
-from .text import KEY, apply_to_clip
+from .text import KEY, apply_to_clip, mark_of
 
 _END_OF_WORD = "</w>"
 _INCOMPLETE = "\ufffd"  # what decoders put where a letter is not complete
@@ -60,7 +60,7 @@ def _tokens(tokenizer: Any, chunk: list[Any], number: int) -> list[Token]:
     texts = _Pieces(tokenizer)
     found = []
     for m, (token, weight, *_) in enumerate(chunk):
-        placeholder, _ = getattr(token, "perfusion_word", ("", 0))
+        placeholder, _ = mark_of(token)
         if m == 0 or m >= end:
             found.append(Token("", "start" if m == 0 else "end", chunk=number))
         elif placeholder:

@@ -6,8 +6,8 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from comfy.clip_model import CLIPEncoder
@@ -124,6 +124,11 @@ def marked(row: Tensor, placeholder: str, place: int) -> Tensor:
     """An embedding row that remembers which word it belongs to, and its place there."""
     row.perfusion_word = (placeholder, place)  # type: ignore[attr-defined]
     return row
+
+
+def mark_of(token: Any) -> tuple[str, int]:
+    """The placeholder that a token, an id or a row, stands for, "" for none, and its place there."""
+    return getattr(token, "perfusion_word", ("", 0))
 
 
 def first_chunk(tokenizer: Any, prompt: str) -> dict[str, list[Any]]:
@@ -321,30 +326,18 @@ def _heard(
 
     Where tokens and encodings do not correspond one to one, nothing is told, and words are heard by all behind them.
     """
-    learned = encode_(tokens)
-    of_encoders = [[_word_of(entry) for chunk in chunks for entry in chunk] for chunks in tokens.values()]
+    hearing = _Hearing(tokens, super_categories, encode_)
+    learned = hearing.learned
+    of_encoders = [[mark_of(entry[0])[0] for chunk in chunks for entry in chunk] for chunks in tokens.values()]
     owners = of_encoders[0]
     # Encoders may have been given texts of their own, with words at other places.
     if len(owners) != learned[0].shape[1] or any(others != owners for others in of_encoders):
         return learned, {}
 
-    def hearing(tokens: dict[str, list[list[Any]]], learned: Any) -> _Hearing:
-        @cache
-        def encoded(replaced: frozenset[str]) -> tuple[Any, Tensor]:
-            twins, index = _twins(tokens, super_categories, replaced)
-            return encode_(twins), torch.tensor([index])
-
-        def encodings(replaced: frozenset[str]) -> tuple[Tensor, Tensor]:
-            out, index = encoded(replaced)
-            return out[0], index
-
-        return _Hearing(lambda replaced_for: heard(learned[0], [owners], replaced_for, encodings), encoded)
-
-    context_for, encoded = hearing(tokens, learned)
-    context = context_for(stack.replaced)
+    context = hearing.context_for(owners, stack.replaced)
     told: dict[str, Tensor] = {}
     if stack.locks_globally:
-        told[KEY_SHIFT] = context_for(partial(stack.replaced, keys=True)) - context
+        told[KEY_SHIFT] = hearing.context_for(owners, partial(stack.replaced, keys=True)) - context
     if stack.tells_words:
         numbers = [word_number(owner) if owner else 0 for owner in owners]
         told[KEY_WORDS] = torch.tensor(numbers).view(1, -1, 1)
@@ -352,32 +345,49 @@ def _heard(
         weights = _weights(tokens, stack.looked_at)
         without = torch.zeros_like(context)
         if (weights != 1).any():
-            plain = _unweighed(tokens, stack.looked_at)
-            differing = hearing(plain, encode_(plain)).context_for(stack.replaced) - context
+            plain = _Hearing(_unweighed(tokens, stack.looked_at), super_categories, encode_)
+            differing = plain.context_for(owners, stack.replaced) - context
             without = differing * (weights != 1).to(context)
         told[KEY_WEIGHED] = torch.cat([without, weights.to(context)], dim=-1)
     if context is learned[0]:
         return learned, told
     # What belongs to no token, as the pooled output does, is that of other words.
-    return (context, *encoded(stack.replaced("") & set(owners))[0][1:]), told
+    return (context, *hearing.encoded(stack.replaced("") & set(owners))[0][1:]), told
 
 
-class _Hearing(NamedTuple):
-    """What is encoded of one prompt: the context in which tokens hear what is said, as ``heard`` takes it, and all that
-    the encoder gives with super-categories in place of some words."""
+class _Hearing:
+    """One prompt as an encoder gives it, with all words as they were ``learned`` or super-categories in place of some:
+    each of them encoded once."""
 
-    context_for: Callable[[Callable[[str], frozenset[str]]], Tensor]
-    encoded: Callable[[frozenset[str]], tuple[Any, Tensor]]
+    def __init__(
+        self,
+        tokens: dict[str, list[list[Any]]],
+        super_categories: Mapping[str, Mapping[str, list[int]]],
+        encode_: Callable[[dict[str, Any]], Any],
+    ):
+        self._tokens, self._super_categories, self._encode = tokens, super_categories, encode_
+        self._known: dict[frozenset[str], tuple[Any, Tensor]] = {}
+        self.learned = encode_(tokens)
 
+    def encoded(self, replaced: frozenset[str]) -> tuple[Any, Tensor]:
+        """All that the encoder gives with super-categories in place of these words, and ``index`` as of ``twin``."""
+        if replaced not in self._known:
+            twins, index = _twins(self._tokens, self._super_categories, replaced)
+            self._known[replaced] = self._encode(twins), torch.tensor([index])
+        return self._known[replaced]
 
-def _word_of(entry: Sequence[Any]) -> str:
-    """The placeholder that a token (id or row, weight, ...) stands for, "" for none."""
-    return getattr(entry[0], "perfusion_word", ("", 0))[0]
+    def context_for(self, owners: Sequence[str], replaced_for: Callable[[str], frozenset[str]]) -> Tensor:
+        """The encodings (1, m, d) in which each token hears what is said: see ``heard``."""
+        return heard(self.learned[0], [owners], replaced_for, self._encodings)
+
+    def _encodings(self, replaced: frozenset[str]) -> tuple[Tensor, Tensor]:
+        out, index = self.encoded(replaced)
+        return out[0], index
 
 
 def _is_weighed(entry: Sequence[Any], looked_at: frozenset[str]) -> bool:
     """Whether a token's weight says how much its word is looked at: nothing is 0 times as much, or less."""
-    return entry[1] != 1 and entry[1] > 0 and _word_of(entry) in looked_at
+    return entry[1] != 1 and entry[1] > 0 and mark_of(entry[0])[0] in looked_at
 
 
 def _weights(tokens: dict[str, list[list[Any]]], looked_at: frozenset[str]) -> Tensor:
@@ -419,7 +429,7 @@ def _twins(
 
 def _replacement(entry: tuple[Any, ...], replacements: Mapping[str, list[int]]) -> list[tuple[Any, ...]] | None:
     """What stands in the twin for a token (id or row, weight, ...): None for itself."""
-    placeholder, place = getattr(entry[0], "perfusion_word", ("", 0))
+    placeholder, place = mark_of(entry[0])
     if placeholder not in replacements:
         return None
     return [] if place else [(token, *entry[1:]) for token in replacements[placeholder]]

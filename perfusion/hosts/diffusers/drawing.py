@@ -59,12 +59,12 @@ def draw(
 def _encode(host: DiffusersHost, stack: ConceptStack, prompts: list[str], edit: KeyValueEdit | None) -> Encodings:
     """The prompts' encodings, where the network computes; the edit is told their shift, whose word each token is, and
     what prompt weights do to words."""
-    context, shift = host.text.encode_stack(prompts, stack, weighted=True)
+    encoded, shift = host.text.encode_stack(prompts, stack, weighted=True)
     # The very tensor that every step hands over: what follows from it is computed once.
-    context = context.to(host.device, host.unet.dtype)
+    context = encoded.to(host.device, host.unet.dtype)
     if edit is not None:
         edit.key_lock.shift = None if shift is None else shift.to(context)
         edit.words = host.text.words(prompts, stack, weighted=True)
-        edit.weighed = host.text.weighed(prompts, stack)
+        edit.weighed = host.text.weighed(prompts, stack, encoded)
     nothing = torch.zeros(context.shape[:2], dtype=torch.bool)
     return Encodings(context, nothing, nothing)

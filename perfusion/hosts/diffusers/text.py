@@ -174,8 +174,11 @@ class ClipText:
         tokens = self._stack_tokens(prompts, stack, weighted=weighted)
         return torch.tensor([[numbers.get(token.word, 0) for token in prompt] for prompt in tokens])
 
-    def weighed(self, prompts: Sequence[str], stack: ConceptStack) -> Weighed | None:
-        """What prompt weights do to words that are looked at more: see ``KeyValueEdit``. None where they have none."""
+    def weighed(self, prompts: Sequence[str], stack: ConceptStack, context: Tensor) -> Weighed | None:
+        """What prompt weights do to words that are looked at more: see ``KeyValueEdit``. None where they have none.
+
+        ``context`` (b, m, d) is what ``encode_stack`` gives for these prompts with their weights.
+        """
         tokens = self._stack_tokens(prompts, stack, weighted=True)
         looked_at = stack.looked_at
         told = torch.tensor([[token.word in looked_at and token.weight > 0 for token in prompt] for prompt in tokens])
@@ -187,8 +190,8 @@ class ClipText:
             [token._replace(weight=1.0) if own else token for token, own in zip(prompt, row, strict=True)]
             for prompt, row in zip(tokens, changed.tolist(), strict=True)
         ]
-        context, expected = (self._heard(each, stack)[0] for each in (tokens, plain))
-        return Weighed(weights, (expected - context) * changed.unsqueeze(-1).to(context))
+        differing = self._heard(plain, stack)[0] - context
+        return Weighed(weights, differing * changed.unsqueeze(-1).to(context))
 
     def _stack_tokens(
         self, prompts: Sequence[str], stack: ConceptStack, *, weighted: bool = False
