@@ -349,7 +349,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower() -> None
     trainer.step()
     before = trainer.concept().digest
     host.poison = True
-    with pytest.raises(TrainingError, match="step 2 .* value_rate, embedding_rate and key_rate"):
+    with pytest.raises(TrainingError, match="step 2 .*value_rate .*embedding_rate .*key_rate"):
         trainer.run()
     assert trainer.steps_done == 1
     assert trainer.concept().digest == before
