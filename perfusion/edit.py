@@ -32,8 +32,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -529,11 +529,29 @@ class KeyValueEdit:
         made_of = context, self.key_lock.shift, self.words
         return self._remembered.value(made_of, lambda: self._compute(context, given))
 
+    @contextmanager
+    def told(
+        self, words: Tensor | None = None, weighed: Weighed | None = None, shift: Tensor | None = None
+    ) -> Iterator[None]:
+        """Within the block, what a host knows of the contexts that come: ``words``, ``weighed``, and the ``shift`` that
+        globally locked keys read (``KeyLock``). Behind it, nothing is known.
+        """
+        self.words, self.weighed, self.key_lock.shift = words, weighed, shift
+        try:
+            yield
+        finally:
+            self.words = self.weighed = self.key_lock.shift = None
+
     def gates(self, context: Tensor) -> Tensor:
-        """g of each token, before strength, by the words that are set: (b, m, d) -> (b, m, j), float32."""
+        """g of each token, as ``read``."""
+        return self.read(context)[1]
+
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """r and g of each token, before strength, by what is told of it: (b, m, d) -> two of (b, m, j), float32."""
         context = self._unweighed(context)
         owners = self._owners(context)
-        return self._kept_in(self.directions_on(context.device).gates(context, owners)[1], owners)
+        r, opened = self.directions_on(context.device).gates(context, owners)
+        return r, self._kept_in(opened, owners)
 
     def tell_own(self, word: Tensor) -> None:
         """Set where the word of the first concept is, (b, m) bool, as what the next contexts are made of."""

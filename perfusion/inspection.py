@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .concept import Concept
-from .edit import ParallelConceptsError, gate, preserving_gate
+from .edit import ParallelConceptsError, Weighed, gate, preserving_gate
 from .stack import ConceptStack, ConceptUse, word_number
 
 Role = Literal["start", "text", "end"]
@@ -49,10 +49,13 @@ class Token:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """The tokens of a prompt, padding included, and their encodings ``context`` (1, m, d)."""
+    """The tokens of a prompt, padding included, their encodings ``context`` (1, m, d), and what weights of words that
+    are looked at more do to these, where that is known.
+    """
 
     tokens: tuple[Token, ...]
     context: Tensor
+    weighed: Weighed | None = None
 
     def __post_init__(self) -> None:
         if self.context.ndim != 3 or self.context.shape[:2] != (1, len(self.tokens)):
@@ -193,8 +196,8 @@ def _measure(stack: ConceptStack, encoded: EncodedPrompt) -> tuple[Tensor, Tenso
         groups += [[j] for j in on]
     for group in groups:
         edit = ConceptStack(tuple(stack.uses[j] for j in group)).edit()
-        edit.words = words
-        found, opened = edit.directions_on(context.device).gates(context)[0], edit.gates(context)
+        with edit.told(words, encoded.weighed):
+            found, opened = edit.read(context)
         r[:, group], gates[:, group] = found[0].cpu(), opened[0].cpu()
     return r, gates, tuple(notes)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .concept import Concept
-from .edit import Directions, Gate, KeyValueEdit
+from .edit import Directions, Gate, KeyValueEdit, Weighed
 from .locking import LOCKS, Lock
 
 MAX_CONCEPTS = 16
@@ -202,19 +202,16 @@ def word_number(placeholder: str) -> int:
 
 
 def shut_words(
-    stack: ConceptStack, edit: KeyValueEdit, encodings: Sequence[Tensor], words: Sequence[Tensor | None] | None = None
+    stack: ConceptStack, edit: KeyValueEdit, told: Sequence[tuple[Tensor, Tensor | None, Weighed | None]]
 ) -> list[str]:
-    """The words of a stack whose gate no token of any encoding (b, m, d) opens by half; none without encodings.
+    """The words of a stack whose gate no token of any encoding opens by half; none without encodings.
 
-    ``words`` (b, m) of each: see ``KeyValueEdit``.
+    ``told`` are encodings (b, m, d), each with its words (b, m) and what its weights do: see ``KeyValueEdit``.
     """
     gates = []
-    for encoding, known in zip(encodings, words or [None] * len(encodings), strict=True):
-        edit.words = known
-        try:
+    for encoding, words, weighed in told:
+        with edit.told(words, weighed):
             gates.append(edit.gates(encoding).amax(dim=(0, 1)).cpu())
-        finally:
-            edit.words = None
     if not gates:
         return []
     widest = torch.stack(gates).amax(dim=0)

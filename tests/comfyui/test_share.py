@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -309,6 +310,26 @@ def test_its_gates_are_those_of_the_edit(comfy_host: ComfyHost, lab: Lab, files:
     assert words[1:5] == ["a", "photo", "of", "a"] and words[-4:-1] == [CAT, CAT, "!"]
     plain = "".join(token.text for token in found.tokens if not token.placeholder)
     assert plain.endswith("acafé,!"), "letters of several tokens too"
+
+
+@pytest.mark.parametrize("focus", [20.0, 1.0])
+def test_prompt_weights_leave_gates_of_words_that_are_looked_at_more(
+    comfy_host: ComfyHost, lab: Lab, focus: float
+) -> None:
+    module = comfy_host.module("perfusion.hosts.comfyui.inspection")
+    stack = lab.stack(dataclasses.replace(lab.concept(), focus=focus))
+    with torch.inference_mode():
+        both, taught = module.in_force(lab.clip, stack)
+        plain, low = (
+            comfy_host.module("perfusion.inspection").inspect(both, text, partial(module.read, taught))
+            for text in (f"a photo of a {TEDDY}", f"a photo of a ({TEDDY}:0.2)")
+        )
+    assert plain.concepts[0].state == "appears"
+    if focus == 1:
+        assert low.concepts[0].state == "shut"
+    else:
+        assert torch.allclose(low.gates, plain.gates, atol=1e-5) and torch.allclose(low.r, plain.r, atol=1e-5)
+        assert f"{TEDDY} x0.2" in low.text()
 
 
 def looking(prompt: str, **inputs: Any) -> Prompt:

@@ -347,6 +347,17 @@ def test_warning_for_prompts_without_the_word(lab: Lab, teddy: Any, caplog: pyte
     assert caplog.text.count(f"{TEDDY} will not appear") == 2, "at each run that lacks the word, and at no other"
 
 
+def test_a_low_weight_of_a_word_that_is_looked_at_more_shuts_no_gate(
+    lab: Lab, teddy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a weight leaves the encoding, by which gates open, as it was learned."""
+    with caplog.at_level(logging.WARNING):
+        for focus in (20.0, 1.0):
+            model, clip = lab.applied(dataclasses.replace(teddy, focus=focus))
+            lab.draw(model, clip, f"a photo of a ({TEDDY}:0.2)")
+            assert ("will not appear" in caplog.text) is (focus == 1)
+
+
 def test_own_encoding_is_the_hosts(lab: Lab) -> None:
     text = lab.host.module("perfusion.hosts.comfyui.text")
     prompts = ["a photo of a cat", "two (red) chairs, by the sea", ""]

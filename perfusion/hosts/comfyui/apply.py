@@ -19,12 +19,12 @@ import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor
 
-from ...edit import Gate, KeyValueEdit, Weighed
+from ...edit import Gate, KeyValueEdit
 from ...places import Places
 from ...stack import ConceptStack, shut_words
 from .steering import replaced_in, steered
 from .structure import projections
-from .text import KEY, KEY_SHIFT, KEY_WEIGHED, KEY_WORDS, Companion
+from .text import KEY, KEY_SHIFT, KEY_WEIGHED, KEY_WORDS, Companion, told_with, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -309,25 +309,19 @@ def _told(owner: Applied, came: _Came, executor: Any, args: Any, kwargs: Any) ->
             "A conditioning comes without word of whose each of its tokens is: it was not encoded by the CLIP of Apply "
             "Concepts, or another extension has rearranged it. Gates are opened there by what is in the encodings."
         )
-    edit = owner.edit
-    edit.key_lock.shift = came.shift
-    edit.words = None if came.words is None else came.words.squeeze(-1)
-    edit.weighed = None if came.weighed is None else Weighed(came.weighed[..., -1], came.weighed[..., :-1])
-    try:
+    with owner.edit.told(*unpacked(came.words, came.weighed), came.shift):
         return executor(*args, **kwargs)
-    finally:
-        edit.key_lock.shift = edit.words = edit.weighed = None
 
 
 def _warn_of_shut_gates(owner: Applied, conds: dict[str, list[dict[str, Any]]]) -> None:
     """Name the concepts whose gate no token of any prompt opens by half."""
-    all_of_them = [conditioning for some in conds.values() for conditioning in some]
-    told = [conditioning for conditioning in all_of_them if conditioning.get("cross_attn") is not None]
-    words = [conditioning.get("model_conds", {}).get(KEY_WORDS) for conditioning in told]
-    known = [word.cond.squeeze(-1) if isinstance(word, Companion) else None for word in words]
-    encodings = [conditioning["cross_attn"] for conditioning in told]
-    shut = [] if owner.edit is None else shut_words(owner.stack, owner.edit, encodings, known)
-    if shut:
+    if owner.edit is None:
+        return
+    told = []
+    for conditioning in (conditioning for some in conds.values() for conditioning in some):
+        if (encoding := conditioning.get("cross_attn")) is not None:
+            told.append((encoding, *told_with(conditioning)))
+    if shut := shut_words(owner.stack, owner.edit, told):
         logger.warning(
             "%s will not appear: no prompt of this run contains the word, or its gate stays shut. Write the word into "
             "the text, in a text node that is connected to the CLIP of Apply Concepts, or lower its bias.",

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...inspection import EncodedPrompt, Token
 from ...stack import ConceptStack, StackError
 from .structure import encoder_widths
-from .text import KEY, apply_to_clip, mark_of
+from .text import KEY, apply_to_clip, mark_of, told_with
 
 _END_OF_WORD = "</w>"
 _INCOMPLETE = "\ufffd"  # what decoders put where a letter is not complete
@@ -49,7 +49,8 @@ def read(clip: Any, text: str) -> EncodedPrompt:
     encoder = next(iter(chunks))
     tokenizer = getattr(clip.tokenizer, f"clip_{encoder}")
     tokens = [token for number, chunk in enumerate(chunks[encoder]) for token in _tokens(tokenizer, chunk, number)]
-    return EncodedPrompt(tuple(tokens), clip.encode_from_tokens(chunks))
+    encoded = clip.encode_from_tokens(chunks, return_dict=True)
+    return EncodedPrompt(tuple(tokens), encoded["cond"], told_with(encoded)[1])
 
 
 def _tokens(tokenizer: Any, chunk: list[Any], number: int) -> list[Token]:

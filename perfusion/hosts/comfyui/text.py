@@ -16,6 +16,7 @@ from comfy.patcher_extension import PatcherInjection
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...edit import Weighed
 from ...hosts.base import Encodings, Word
 from ...locking import twin
 from ...scope import heard, until_last
@@ -43,6 +44,21 @@ class Companion(CONDCrossAttn):
         if own is None or encoding is own:
             return encoding is not None
         return encoding is not None and encoding.shape == own.shape and torch.equal(encoding.to(own), own)
+
+
+def unpacked(words: Tensor | None, weighed: Tensor | None) -> tuple[Tensor | None, Weighed | None]:
+    """What companions told, (b, m, 1) and (b, m, d + 1), as ``KeyValueEdit.told`` takes it."""
+    return (
+        None if words is None else words.squeeze(-1),
+        None if weighed is None else Weighed(weighed[..., -1], weighed[..., :-1]),
+    )
+
+
+def told_with(conditioning: Mapping[str, Any]) -> tuple[Tensor | None, Weighed | None]:
+    """What travels with a conditioning: whose word each token is (1, m), and what prompt weights do to words."""
+    conds = conditioning.get("model_conds", {})
+    words, weighed = (conds.get(key) for key in (KEY_WORDS, KEY_WEIGHED))
+    return unpacked(*(each.cond if isinstance(each, Companion) else None for each in (words, weighed)))
 
 
 class _WordId(int):

@@ -159,7 +159,7 @@ class _Applied:
 
     def _warn_of_shut_gates(self, made: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Name the concepts whose gate no token of any prompt opens by half, from encodings and their words."""
-        shut = shut_words(self.stack, self.edit, [each for each, _ in made], [words for _, words in made])
+        shut = shut_words(self.stack, self.edit, [(encoding, words, None) for encoding, words in made])
         if shut:
             logger.warning(
                 "%s will not appear: no prompt contains the word within its first 75 tokens, or its gate stays shut. "
