@@ -346,8 +346,9 @@ def test_failure_while_sampling_leaves_the_next_run_clean(
     with pytest.raises(error):
         lab.sample(failing, lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry"), steps=4)
         comfy.model_management.throw_exception_if_processing_interrupted()
-    assert model.get_attachment("perfusion").edit.key_lock.shift is None
-    assert failing.get_attachment("perfusion").edit.key_lock.shift is None
+    for each in (model, failing):
+        edit = each.get_attachment("perfusion").edit
+        assert edit.key_lock.shift is edit.words is edit.weighed is None
     assert torch.equal(lab.draw(lab.model, lab.clip, "a photo of a teddy bear"), plain)
     assert torch.equal(lab.draw(model, clip), undisturbed)
     del failing

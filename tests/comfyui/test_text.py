@@ -132,6 +132,24 @@ def test_whoever_passes_on_the_encoding_alone_has_the_host_s_weights(lab: Lab, s
     assert not torch.allclose(*pictures, atol=1e-3)
 
 
+def test_prompts_of_other_weights_and_lengths_in_one_batch(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clip = lab.applied(dataclasses.replace(lab.concept(), focus=20.0))
+    long = lab.encode(clip, "a house by the sea and a boat, " * 9 + f" ({TEDDY}:1.6)")
+    short, other = (lab.encode(clip, f"a ({TEDDY}:{weight}) sits") for weight in (0.4, 1.0))
+    assert long[0][0].shape[1] > short[0][0].shape[1]
+    network, batches = lab.model.model.diffusion_model, []
+    forward = network._forward
+    monkeypatch.setattr(
+        network, "_forward", lambda x, *args, **kwargs: batches.append(len(x)) or forward(x, *args, **kwargs)
+    )
+    together, differing = lab.sample(model, long, short), lab.sample(model, long, other)
+    monkeypatch.setattr(lab.model.model, "memory_required", lambda *_, **__: 1e30)
+    apart = lab.sample(model, long, short)
+    assert set(batches[: len(batches) // 2]) == {2} and batches[-1] == 1
+    assert torch.allclose(together, apart, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(together, differing, rtol=1e-2, atol=1e-2)
+
+
 def test_beyond_the_first_chunk(lab: Lab, clip: Any) -> None:
     long = "an old house by the sea and a boat, " * 9
     first, second = words(clip, f"{long} {TEDDY} {CAT}")
