@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from tests.concepts import CAT, LAYERS, TEDDY, Lab, expected_projection, projection_weights, recorded, word_owners
-from tests.hosts import ComfyHost
-from tests.models import miniature_parts
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("nothing_left")]
 
 BOTH = f"a {CAT} beside a {TEDDY} on a sofa"
 LONG = "an old photo of a room with a window and a table, " * 9
 LOCKS = ("local", "global")
-
-
-@pytest.fixture(scope="module")
-def lab(comfy_host: ComfyHost) -> Lab:
-    return Lab(comfy_host, miniature_parts())
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(lab: Lab) -> Iterator[None]:
-    """Behind every test here, the networks are as they came."""
-    yield
-    lab.forget()
-    lab.assert_untouched()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from tests.graphs import node, text_to_image
 from tests.hosts import ComfyHost
 from tests.models import Parts
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("nothing_left")]
 
 LATENT = ("sampler", 0)
 BOTH = f"a {CAT} beside a {TEDDY} on a sofa"
@@ -25,13 +24,6 @@ def lab(comfy_host: ComfyHost) -> Lab:
     keep = [("checkpoint", 0), ("checkpoint", 1), ("checkpoint", 2)]
     run = comfy_host.execute(text_to_image(comfy_host.model("checkpoint")), keep=keep)
     return Lab(comfy_host, Parts(*(run[link] for link in keep)))
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(lab: Lab) -> Iterator[None]:
-    yield
-    lab.forget()
-    lab.assert_untouched()
 
 
 @pytest.fixture(scope="module")

@@ -12,26 +12,16 @@ import pytest
 import torch
 
 from tests.concepts import CAT, LAYERS, TEDDY, Lab
-from tests.hosts import ComfyHost
-from tests.models import miniature_parts
 
 # What the compiler itself does that Python or torch deprecate.
-pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("ignore:::torch")]
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.filterwarnings("ignore:::torch"),
+    pytest.mark.usefixtures("nothing_left"),
+]
 
 LOCKS = ("local", "global")
 TEXT = f"a photo of a {TEDDY}"
-
-
-@pytest.fixture(scope="module")
-def lab(comfy_host: ComfyHost) -> Lab:
-    return Lab(comfy_host, miniature_parts())
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(lab: Lab) -> Iterator[None]:
-    yield
-    lab.forget()
-    lab.assert_untouched()
 
 
 @pytest.fixture(scope="module", params=[1.0, 20.0], ids=["", "focused"])

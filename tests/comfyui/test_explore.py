@@ -16,7 +16,7 @@ from tests.graphs import node, text_to_image
 from tests.hosts import ComfyHost, Prompt, PromptError
 
 pytest.importorskip("diffusers")
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("nothing_left")]
 
 IMAGE, STACK = ("decode", 0), ("one", 0)
 SETTINGS = {
@@ -35,13 +35,6 @@ BOTH = f"a {TEDDY} beside a {CAT}"
 def lab(comfy_host: ComfyHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with random_miniature(comfy_host, tmp_path_factory.mktemp("miniature")) as (lab, _):
         yield lab
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(lab: Lab) -> Iterator[None]:
-    yield
-    lab.forget()
-    lab.assert_untouched()
 
 
 @pytest.fixture(scope="module")

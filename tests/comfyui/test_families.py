@@ -17,7 +17,7 @@ from tests.graphs import node, text_to_image
 from tests.hosts import ComfyHost
 from tests.models import MODEL_FILES, Parts, load_reduced, miniature_parts
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("nothing_left")]
 
 PROMPTS = [f"a photo of a {TEDDY}", f"two chairs and a {TEDDY} on the beach"]
 
@@ -63,13 +63,6 @@ def lab(comfy_host: ComfyHost, request: pytest.FixtureRequest) -> FamilyLab:
 @pytest.fixture(scope="module")
 def concept(lab: FamilyLab) -> Any:
     return lab.concept()
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(lab: FamilyLab) -> Iterator[None]:
-    yield
-    lab.forget()
-    lab.assert_untouched()
 
 
 def test_what_a_checkpoint_is(lab: FamilyLab, concept: Any) -> None:

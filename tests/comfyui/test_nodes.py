@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tests.graphs import node, text_to_image
 from tests.hosts import ComfyHost, PromptError
 from tests.models import Parts, miniature_parts
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("nothing_left")]
 
 NODES = [
     "PerfusionLoadPhotos",
@@ -45,13 +44,6 @@ def lab(comfy_host: ComfyHost) -> Lab:
     keep = [("checkpoint", 0), ("checkpoint", 1), ("checkpoint", 2)]
     run = comfy_host.execute(text_to_image(comfy_host.model("checkpoint")), keep=keep)
     return Lab(comfy_host, Parts(*(run[link] for link in keep)))
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(lab: Lab) -> Iterator[None]:
-    yield
-    lab.forget()
-    lab.assert_untouched()
 
 
 @pytest.fixture(scope="module")

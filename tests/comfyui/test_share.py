@@ -19,7 +19,7 @@ from tests.hosts import ComfyHost, Prompt, PromptError, Run
 from tests.models import miniature_parts
 
 pytest.importorskip("diffusers")
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("nothing_left")]
 
 IMAGE, STACK = ("decode", 0), ("embed", 0)
 CONNECTED = "connected, else embedded"
@@ -30,13 +30,6 @@ CHECKPOINT = node("PerfusionMiniature")
 def lab(comfy_host: ComfyHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with random_miniature(comfy_host, tmp_path_factory.mktemp("miniature")) as (lab, _):
         yield lab
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(lab: Lab) -> Iterator[None]:
-    yield
-    lab.forget()
-    lab.assert_untouched()
 
 
 @pytest.fixture(scope="module")

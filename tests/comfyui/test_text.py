@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from tests.concepts import CAT, TEDDY, Lab
-from tests.hosts import ComfyHost
-from tests.models import EMBEDDING_VECTORS, MINIATURE_CONTEXT_DIM, Weights, miniature_parts
+from tests.models import EMBEDDING_VECTORS, MINIATURE_CONTEXT_DIM, Weights
 
-pytestmark = pytest.mark.comfyui
-
-
-@pytest.fixture(scope="module")
-def lab(comfy_host: ComfyHost) -> Lab:
-    return Lab(comfy_host, miniature_parts())
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(lab: Lab) -> Iterator[None]:
-    yield
-    lab.forget()
-    lab.assert_untouched()
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("nothing_left")]
 
 
 @pytest.fixture(scope="module")
