@@ -24,7 +24,7 @@ LOCKS = ("local", "global")
 TEXT = f"a photo of a {TEDDY}"
 
 
-@pytest.fixture(scope="module", params=[1.0, 20.0], ids=["", "focused"])
+@pytest.fixture(scope="module", params=[1.0, 20.0], ids=["unfocused", "focused"])
 def teddy(lab: Lab, request: pytest.FixtureRequest) -> Any:
     return replace(lab.concept(), focus=request.param)
 

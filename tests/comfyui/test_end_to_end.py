@@ -37,7 +37,7 @@ QUICK = {
     "resolution": SIZE,
     "contexts": 8,
     "companions": 1,
-    "corpus_size": 64,
+    "corpus_size": 32,
     **({} if PHOTOS else {"captions": "a photo of a {}\na {} outside"}),  # each is encoded by a full-size encoder
     "previews": False,
 }

@@ -53,7 +53,7 @@ def training(placeholder: str, **settings: Any) -> Prompt:
         "vectors": 1,
         "contexts": 8,
         "corpus": "built-in",
-        "corpus_size": 64,
+        "corpus_size": 32,
         "captions": "",
         "companions": 1,
         "patience": 0,
