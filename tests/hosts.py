@@ -243,6 +243,9 @@ class ComfyHost:
         self.nodes: dict[str, type] = nodes.NODE_CLASS_MAPPINGS
         self.server = prompt_server
         self.new_executor()
+        # Collections behind every test and sampling would look through all that the host's modules made, too.
+        gc.collect()
+        gc.freeze()
 
     def close(self) -> None:
         import comfy.model_management
@@ -251,6 +254,7 @@ class ComfyHost:
         del self._executor
         _kept.clear()
         comfy.model_management.unload_all_models()
+        gc.unfreeze()
         gc.collect()
         os.chdir(self._cwd)
         asyncio.set_event_loop(None)
