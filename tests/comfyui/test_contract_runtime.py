@@ -157,7 +157,11 @@ def compiled(lab: Lab, model: Any, backend: str = "eager", **settings: Any) -> A
     return clone
 
 
-@pytest.mark.parametrize(("backend", "lock"), [("eager", "local"), ("aot_eager", "global")])
+@pytest.mark.parametrize(
+    ("teddy", "backend", "lock"),
+    [(20.0, "eager", "local"), (20.0, "aot_eager", "global"), (1.0, "aot_eager", "global")],
+    indirect=["teddy"],
+)
 def test_compiled_network_equals_eager(
     lab: Lab, teddy: Any, cat: Any, compiler: ExitStack, backend: str, lock: str
 ) -> None:
@@ -243,6 +247,7 @@ def test_apply_behind_the_compiler_node(lab: Lab, teddy: Any, compiler: ExitStac
     assert apart(lab.sample(last, *texts, steps=1), eager) <= 1e-4
 
 
+@pytest.mark.parametrize("teddy", [20.0], indirect=True, ids=["focused"])
 def test_another_load_needs_no_recompilation(lab: Lab, teddy: Any, compiler: ExitStack) -> None:
     from torch._dynamo.testing import CompileCounter
 

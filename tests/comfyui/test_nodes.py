@@ -278,6 +278,7 @@ def training(
     return prompt
 
 
+@pytest.mark.any_host  # the end-to-end tests do it in servers of both
 def test_train_save_load_apply_sample(comfy_host: ComfyHost, lab: Lab, photo_node: None) -> None:
     prompt = training(comfy_host)
     prompt["save"] = node("PerfusionSaveConcept", concept=["train", 0], name="trained")
