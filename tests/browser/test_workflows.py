@@ -118,12 +118,12 @@ def test_train_and_draw_from_the_page(server: ComfyServer, nodes_2: bool) -> Non
 
 @RENDERERS
 def test_the_miniature_needs_nothing_but_run(server: ComfyServer, nodes_2: bool) -> None:
-    """Both of its workflows, one after the other, in fewer steps. The template browser is the same for both and for
-    both renderers, and slow here."""
+    """Both of its workflows, one after the other, in fewer steps. The template browser is the same for both renderers,
+    and slow here."""
     shown = {"PerfusionMiniaturePhotos": 5, "SaveImage": 4}
     with comfy_page(server, nodes_2=nodes_2) as page:
         for name in MINIATURE:
-            load_graph(page, workflow(name)) if nodes_2 or name != MINIATURE[0] else open_template(page, name)
+            load_graph(page, workflow(name)) if nodes_2 else open_template(page, name)
             assert_same(prompt_of(page), name)
             set_values(page, "PerfusionTrainConcept", **QUICK | {"steps": 4})
             set_values(page, "KSampler", steps=2)
