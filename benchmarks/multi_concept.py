@@ -8,8 +8,8 @@ with adjectives, weights and second things around them. "own": share of words th
 half, "cross": share of (word, other concept) pairs in which the word opens the other's, "right": share of words whose
 own gate is the widest of all, "others": share of ordinary words that open any. "paper" reads each gate by itself,
 "competing" lets concepts compete by what is in the encodings, and "told" is what ComfyUI's text encoder tells besides:
-whose word each token is. "pictures" is what comes of it, by the judge: see ``benchmarks.multi_pictures``. Concepts are
-kept in ``--folder``, and not learned again.
+whose word each token is, and its weight. "pictures" is what comes of it, by the judge: see
+``benchmarks.multi_pictures``. Concepts are kept in ``--folder``, and not learned again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,7 +33,7 @@ from miniature.captions import caption
 from miniature.host import load_host
 from miniature.metrics import Metrics
 from miniature.weights import FOLDER, WeightsError
-from perfusion.concept import Concept, load
+from perfusion.concept import Concept
 from perfusion.hosts.diffusers import DiffusersHost
 from perfusion.hosts.diffusers.text import weighted_parts
 from perfusion.stack import ConceptStack, ConceptUse, word_number
@@ -42,7 +43,7 @@ from perfusion.training.config import TrainingConfig
 from .host import say
 from .multi_judging import Thing, photos_of
 from .multi_pictures import Pictures, weighted
-from .quality import contact_sheet, learn
+from .quality import contact_sheet, kept, learn
 from .settings import HEARING, add_settings, config_of
 
 OPEN = 0.5
@@ -125,13 +126,14 @@ def read_gates(
     """Add the readings of prompts to those of each way."""
     with torch.no_grad():
         context = host.text.encode_stack(texts, stack, weighted=True)[0]
+        weighed = host.text.weighed(texts, stack, context)
     where = word_places(host, texts, stack)
+    words = torch.tensor([0, *map(word_number, stack.placeholders)])[(where + 1).clamp_min(0)]
     for way, of_way in found.items():
         edit = stack.edit(competing=way != "paper")
-        if way == "told":
-            numbers = torch.tensor([0, *map(word_number, stack.placeholders)])
-            edit.words = numbers[(where + 1).clamp_min(0)]
-        for key, values in readings(edit.gates(context), where).items():
+        with edit.told(words, weighed) if way == "told" else nullcontext():
+            gates = edit.gates(context)
+        for key, values in readings(gates, where).items():
             of_way[key] += values
 
 
@@ -145,15 +147,13 @@ def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, config: 
     statistics, concepts = None, {}
     for kind, number in tqdm(things, desc="concepts"):
         name = f"{kind.replace(' ', '-')}-{number}"
-        settings = [f"{getattr(config, setting)}".removesuffix(".0") for setting in ("steps", *HEARING)]
-        path = folder / f"{'-'.join([name, *settings])}.safetensors"
-        if not path.exists():
+
+        def make(kind: str = kind, number: int = number, name: str = name) -> Concept:
+            nonlocal statistics
             statistics = statistics or measure(host, host.captions or ())
-            concept = learn(host, kind, photos_of((kind, number)), statistics, config, f"<my-{name}>")
-            folder.mkdir(parents=True, exist_ok=True)
-            concept.save(path)
-            say(f"{name}: learned")
-        concepts[kind, number] = load(path)
+            return learn(host, kind, photos_of((kind, number)), statistics, config, f"<my-{name}>")
+
+        concepts[kind, number] = kept(folder, name, config, make)
     return concepts
 
 

@@ -1,17 +1,21 @@
 """One trained file, the whole trade-off: likeness and obedience over the bias, without training again.
 
     python -m benchmarks.pareto [--json] [--concepts 8] [--prompts 16] [--steps 250] [--temperature .15] [--lock local]
+                                [--folder DIR]
 
 Personal things are learned on the miniature as in ``benchmarks.quality`` and drawn from the same prompts and noise at
 each bias. "image" is the mean cosine to the photos, "text" that to the prompt with the super-category in the word's
 place, "similarity" and "identity" the judge's; each with the standard error, over the things, of its change from the
-bias before. A curve is monotonic within noise where no change goes the wrong way by more than two of these.
+bias before. A curve is monotonic within noise where no change goes the wrong way by more than two of these. Concepts
+are kept in ``--folder``, and not learned again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,12 +28,12 @@ from miniature.host import load_host
 from miniature.metrics import Metrics, rendered
 from miniature.weights import FOLDER, WeightsError
 from perfusion.edit import Gate
-from perfusion.hosts.diffusers import draw
+from perfusion.hosts.diffusers import DiffusersHost, draw
 from perfusion.locking import LOCKS
 from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import measure
 
-from .quality import PHOTOS, PLACEHOLDER, SAMPLER, learn, prompts_for
+from .quality import PHOTOS, PLACEHOLDER, SAMPLER, kept, learn, prompts_for
 from .settings import add_settings, config_of
 
 BIASES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
@@ -45,20 +49,32 @@ def main() -> None:
     add_settings(parser)
     parser.add_argument("--temperature", type=float, default=Gate.temperature)
     parser.add_argument("--lock", choices=LOCKS, default="local")
+    parser.add_argument("--folder", type=Path, help="where learned concepts are kept, and looked for")
     parser.add_argument("--weights", type=Path, default=FOLDER)
     options = parser.parse_args()
     try:
         host, metrics = load_host(options.weights), Metrics(options.weights)
     except WeightsError as error:
         raise SystemExit(str(error)) from None
+    with tempfile.TemporaryDirectory() as temporary:
+        curves = measured(host, metrics, options, options.folder or Path(temporary))
+    figures = summary(torch.tensor(curves))
+    print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
+
+
+def measured(
+    host: DiffusersHost, metrics: Metrics, options: argparse.Namespace, folder: Path
+) -> list[list[list[float]]]:
+    """For each thing and bias, the measures of ``FALLS``."""
     config = config_of(options)
     statistics, curves = measure(host, host.captions or ()), []
     for number in tqdm(range(options.concepts), desc="concepts"):
         category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]
         thing = 5_000_000 + number
         look, photos = world.instance(category, thing), world.portraits(category, thing, PHOTOS)
-        concept, shown = learn(host, category, photos, statistics, config), rendered(photos)
-        prompts = prompts_for(category, options.prompts, Random(f"pareto {number}"))
+        name = f"{category.replace(' ', '-')}-{thing}"
+        concept = kept(folder, name, config, partial(learn, host, category, photos, statistics, config))
+        shown, prompts = rendered(photos), prompts_for(category, options.prompts, Random(f"pareto {number}"))
         seeds, asked = range(1000 * number, 1000 * number + len(prompts)), [p.naming(category) for p in prompts]
         curve = []
         for bias in BIASES:
@@ -67,8 +83,7 @@ def main() -> None:
             found = metrics.of_concept(pictures, shown, category, look, asked)
             curve.append([found[name] for name in FALLS])
         curves.append(curve)
-    figures = summary(torch.tensor(curves))
-    print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
+    return curves
 
 
 def summary(curves: torch.Tensor) -> dict[str, Any]:

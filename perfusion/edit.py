@@ -24,6 +24,14 @@ which is 1 for a concept alone. Where a host tells which tokens are whose word, 
 r of that concept and nothing else, as if no other were there; elsewhere those that are everywhere share a dual basis
 among themselves. Until words are told, such concepts may be too alike for a dual basis: twins count as one in it.
 
+A shut gate of the paper's form leaves nothing of the concept's word. The told word of a concept that is at its own
+words alone fades instead: of what its gate is further shut than that of training, gamma, its values get the word's own
+back, and its keys and focus stay as they were learned,
+
+    v_m = W_V (e_m - (r_m - [gamma_m - g_m]+) i*) + g_m o*        k_m = W_K (e_m - r_m i*) + max(g_m, gamma_m) W_K e_key
+
+so that the thing is still where it was asked for, of looks that are any of its kind.
+
 Both forms are ``W e_m`` plus a correction of rank 2J whose coefficients depend on the text alone: they are computed
 once per context, in float32 with autocast off, and serve every layer.
 """
@@ -78,6 +86,10 @@ class Gate:
             raise ValueError(f"focus_share is {self.focus_share}; it must be from 0 to {MAX_FOCUS_SHARE:g}")
         if not (self.temperature > 0 and all(map(math.isfinite, vars(self).values()))):
             raise ValueError(f"a gate's temperature must be above 0, and all its numbers finite: {self}")
+
+
+# That of trainings, as in the paper.
+TRAINING_GATE = Gate(bias=0.75, temperature=0.1)
 
 
 def presence(context: Tensor, i_star: Tensor, d_star: Tensor) -> Tensor:
@@ -280,13 +292,19 @@ class Directions:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
-    def coefficients(self, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def coefficients(
+        self, context: Tensor, owners: Tensor | None = None, path: Literal["k", "v"] = "v"
+    ) -> tuple[Tensor, Tensor]:
         """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32.
 
-        ``owners`` (b, m, j) bool: whose word each token is, where that is known.
+        ``owners`` (b, m, j) bool: whose word each token is, where that is known. Those of values and keys differ at
+        words that have ``faded``.
         """
         with _full_precision(context.device):
-            _, subtracted, opened = self._read(context, owners)
+            r, subtracted, opened = self._read(context, owners)
+            faded = self._faded(r, opened, owners)
+            if faded is not None:
+                subtracted, opened = (subtracted, opened + faded) if path == "k" else (subtracted - faded, opened)
             if self.any_preserving:
                 subtracted = torch.where(self.preserving, opened, subtracted)
             strength = _for_batch(self.strength, len(context), alone=False)
@@ -300,6 +318,27 @@ class Directions:
         with _full_precision(context.device):
             r, _, opened = self._read(context, owners)
         return r, opened
+
+    def attended(self, context: Tensor, owners: Tensor | None = None) -> Tensor:
+        """g as far as attention goes, of words that have faded what it was in training: (b, m, d) -> (b, m, j).
+
+        ``owners`` as for ``coefficients``.
+        """
+        with _full_precision(context.device):
+            r, _, opened = self._read(context, owners)
+            faded = self._faded(r, opened, owners)
+        return opened if faded is None else opened + faded
+
+    def can_fade(self, owners: Tensor | None) -> bool:
+        """Whether there are words of which coefficients of values and keys differ."""
+        return owners is not None and self.any_confined
+
+    def _faded(self, r: Tensor, opened: Tensor, owners: Tensor | None) -> Tensor | None:
+        """How much further gates (b, m, j) are shut than in training, at the told words of confined concepts."""
+        if owners is None or not self.any_confined:
+            return None
+        trained = self._by_form(r, TRAINING_GATE.bias, TRAINING_GATE.temperature)
+        return torch.relu(trained - opened) * (owners & self.confined)
 
     def focused(self, context: Tensor) -> Tensor:
         """How far each concept's focus counts: its share, as far as the concept is applied at all; of a shape that goes
@@ -336,7 +375,9 @@ class Directions:
 
     def _opened(self, r: Tensor) -> Tensor:
         """Each concept's gate by its own form, without competition: (..., j) -> (..., j)."""
-        bias, temperature = (_for_batch(value, len(r)) for value in (self.bias, self.temperature))
+        return self._by_form(r, _for_batch(self.bias, len(r)), _for_batch(self.temperature, len(r)))
+
+    def _by_form(self, r: Tensor, bias: Tensor | float, temperature: Tensor | float) -> Tensor:
         opened = gate(r, bias, temperature)
         if not self.any_preserving:
             return opened
@@ -577,8 +618,8 @@ class KeyValueEdit:
         Of a token m and concept j it is ``share_j strength_j g_mj w_mj log(focus_j)``, of a strength that counts up to
         1, with w_mj 1 for a word of the concept and 0 for others: at full share and strength, with its gate open, the
         word's part of the attention is multiplied by the focus (before all parts are brought to a sum of 1); as the
-        gate shuts, by less. With it comes the logarithm of each token's weight, where these are told (``weighed``). No
-        gradient goes through any of it.
+        gate shuts, by less, but for words that fade (see the module). With it comes the logarithm of each token's
+        weight, where these are told (``weighed``). No gradient goes through any of it.
         """
         factors = self._focus
         if factors is None:
@@ -591,8 +632,9 @@ class KeyValueEdit:
 
     def _focus_of(self, context: Tensor, factors: Tensor) -> Focus:
         with torch.no_grad(), _full_precision(context.device):
-            counting = self.directions_on(context.device).focused(context)
-            share = counting * self.gates(context) * of_own_word(self.belonging(context))
+            directions = self.directions_on(context.device)
+            attended = directions.attended(self._unweighed(context), self._owners(context))
+            share = directions.focused(context) * attended * of_own_word(self.belonging(context))
             weighed = self._weighed_in(context)
             weighing = None if weighed is None else weighed.weights.to(share).log()
             return Focus(share * self._place("focus", factors, share), self._kinds, weighing)
@@ -613,17 +655,21 @@ class KeyValueEdit:
 
     def _compute(self, context: Tensor, given: Tensor) -> dict[str, Tensor]:
         owners = self._owners(context)
-        both = self.directions_on(context.device).coefficients(context, owners)
-        subtracted, opened = (self._kept_in(part, owners) for part in both)
-        value = {"v": torch.cat([subtracted, opened], dim=-1).to(context.dtype)}
+        directions = self.directions_on(context.device)
+
+        def coefficients(path: Literal["k", "v"]) -> Tensor:
+            both = directions.coefficients(context, owners, path)
+            return torch.cat([self._kept_in(part, owners) for part in both], dim=-1).to(context.dtype)
+
+        value = {"v": coefficients("v")}
         shifted = self.key_lock.shifted(given)
         if shifted is not None:
             value["k_tokens"] = shifted
         locally = self.key_lock.locally(shifted is not None)
-        if all(locally):
-            value["k"] = value["v"]
-        elif any(locally):
-            value["k"] = value["v"] * torch.tensor(locally * 2, dtype=context.dtype, device=context.device)
+        if any(locally):
+            value["k"] = coefficients("k") if directions.can_fade(owners) else value["v"]
+        if any(locally) and not all(locally):
+            value["k"] = value["k"] * torch.tensor(locally * 2, dtype=context.dtype, device=context.device)
         return value
 
     def directions_on(self, device: torch.device) -> Directions:

@@ -11,7 +11,7 @@ already in the first step of sampling. So concepts compete for places, with each
     w_j(p) = exp(z_j) / (1 + sum_i exp(z_i))        with z_j = 3 s_j(p) / sigma + log a_j
 
 where sigma is the standard deviation of s over the picture, and a_j how much more the word of concept j is looked at,
-of that which is looked at most: one whose gate is all but shut takes no place. What is added before the softmax for a
+of that which is looked at most: one that is hardly looked at takes none. What is added before the softmax for a
 word of concept j is multiplied by ``2 w_j(p) - 1``: all of it where the thing of its concept is, and the same taken
 away where others are. What is added for prompt weights is the same everywhere. All layers look by what those said in
 the last step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from ..edit import FORMS, MAX_FOCUS, Form
+from ..edit import FORMS, MAX_FOCUS, TRAINING_GATE, Form
 from ..scope import SCOPES, Scope
 from ..statistics import ESTIMATORS, Estimator
 from .noise import TIMESTEPS, Timesteps
@@ -52,8 +52,8 @@ class TrainingConfig:
     )
     value_rate: float = _setting(0.1, "Learning rate of the target values, per step.")
     embedding_rate: float = _setting(0.01, "Learning rate of the word's embedding, per step.")
-    bias: float = _setting(0.75, "Gate bias while training.")
-    temperature: float = _setting(0.1, "Gate temperature while training.")
+    bias: float = _setting(TRAINING_GATE.bias, "Gate bias while training.")
+    temperature: float = _setting(TRAINING_GATE.temperature, "Gate temperature while training.")
     form: Form = _setting(
         "paper",
         "paper: the concept's part of each token is replaced. preserving: tokens far from "

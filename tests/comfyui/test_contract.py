@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -309,13 +310,14 @@ def test_failure_while_sampling_leaves_the_next_run_clean(
 ) -> None:
     import comfy.model_management
 
-    model, clip = lab.applied(teddy, lock=lock)
+    model, clip = lab.applied(replace(teddy, focus=20.0), lock=lock)
     undisturbed = lab.draw(model, clip)
     failing = model.clone()
-    calls = itertools.count()
+    at_work, calls, told = failing.get_attachment("perfusion").edit, itertools.count(), []
 
     def fail(*arguments: Any) -> Any:
         if next(calls) == 1:
+            told.extend([at_work.words, at_work.weighed, at_work.key_lock.shift])
             if where == "interrupt":
                 comfy.model_management.interrupt_current_processing()
             else:
@@ -328,10 +330,11 @@ def test_failure_while_sampling_leaves_the_next_run_clean(
         failing.set_model_sampler_post_cfg_function(fail)
     error = comfy.model_management.InterruptProcessingException if where == "interrupt" else ZeroDivisionError
     with pytest.raises(error):
-        lab.sample(failing, lab.encode(clip, f"a photo of a {TEDDY}"), lab.encode(clip, "blurry"), steps=4)
+        lab.sample(failing, lab.encode(clip, f"a photo of a ({TEDDY}:1.3)"), lab.encode(clip, "blurry"), steps=4)
         comfy.model_management.throw_exception_if_processing_interrupted()
-    for each in (model, failing):
-        edit = each.get_attachment("perfusion").edit
+    if where == "attention patch":  # the others come behind a call of the network
+        assert [part is not None for part in told] == [True, True, lock == "global"]
+    for edit in (model.get_attachment("perfusion").edit, at_work):
         assert edit.key_lock.shift is edit.words is edit.weighed is None
     assert torch.equal(lab.draw(lab.model, lab.clip, "a photo of a teddy bear"), plain)
     assert torch.equal(lab.draw(model, clip), undisturbed)

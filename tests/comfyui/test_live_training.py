@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.server]
 
 STEPS, EVERY = 6, 2
 # What tells of itself by its steps alone: nothing is drawn to judge them.
-UNSEEN = {"clip_vision": None, "previews": False, "steps": 12}
+UNSEEN: dict[str, Any] = {"clip_vision": None, "previews": False, "steps": 12}
 
 
 def training(placeholder: str, **settings: Any) -> Prompt:

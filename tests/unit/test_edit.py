@@ -192,6 +192,34 @@ def test_confined_concepts_are_at_their_own_words_alone(form: Form, path: Any, c
     assert not torch.allclose(found[:, [2, 7]], plain[:, [2, 7]], atol=1e-2)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bias", [0.3, 1.05, 9.0])
+def test_a_told_word_fades_as_its_gate_shuts(form: Form, bias: float) -> None:
+    """Values come back to the word's own, and keys stay as they were in training."""
+    world = World(2, form=form, gates=[Gate(bias, 0.1), Gate(0.5, 0.1)])
+    context = world.context(batch=2)
+    e_key = 2 * world.e_super
+    directions = world.directions(confined=[True, False])
+    edit = KeyValueEdit(directions, world.e_super, {LAYER: world.o_star}, numbers=[11, 22], e_key=e_key)
+    edit.words = torch.zeros(2, 77, dtype=torch.long)
+    edit.words[0, 2], edit.words[1, 7] = 11, 22
+    found = {path: edit.project(LAYER, path, context, world.linear) for path in ("k", "v")}
+
+    function = preserving_gate if form == "preserving" else gate
+    for j, m in ((0, 2), (1, 7)):
+        e, i_star, o_star = context[j, m].double(), world.i_star[j], world.o_star[j]
+        r = presence(e[None], world.i_star[j : j + 1], world.d_star[j : j + 1])[0].double()
+        opened = attended = function(r, world.gates[j].bias, 0.1)
+        if j == 0:  # the other is everywhere, and is what it is in the paper
+            attended = torch.maximum(opened, function(r, 0.75, 0.1))
+        subtracted = opened if form == "preserving" else r - (attended - opened)
+        value = world.linear((e - subtracted * i_star).float()) + (opened * o_star).float()
+        assert relative(found["v"][j, m], value) < 1e-5
+        subtracted = attended if form == "preserving" else r
+        key = world.linear((e - subtracted * i_star + attended * e_key[j]).float())
+        assert relative(found["k"][j, m], key) < 1e-5
+
+
 def test_where_the_word_of_the_only_concept_is() -> None:
     world = World(1)
     context, word = world.context(batch=2), torch.zeros(2, 77, dtype=torch.bool)
@@ -234,25 +262,47 @@ def test_a_focus_multiplies_the_share_of_its_own_word_alone() -> None:
     assert of_others.everywhere[1, 0, 2] == 0 < of_others.everywhere[1, 0, 7]
 
 
-def test_a_focus_goes_with_strength_and_gate() -> None:
-    def of(gate_: Gate) -> float:
-        world = World(1, gates=[gate_])
-        context, words = world.context(batch=1), torch.zeros(1, 77, dtype=torch.long)
-        context[0, 4] = world.i_star[0]  # r = 1
-        words[0, 4] = 11
-        edit = KeyValueEdit(world.directions(), world.e_super, {LAYER: world.o_star}, numbers=[11], focus=[10.0])
-        edit.words = words
-        focus = edit.focus(context)
-        assert focus is not None
-        return float(focus.everywhere[0, 0, 4])
+def focus_at_own_word(gate_: Gate, r: float = 1.0, form: Form = "paper", confined: bool = False) -> float:
+    """What is added for the only concept's word, as a share of all that its focus can add."""
+    world = World(1, gates=[gate_], form=form)
+    context, words = world.context(batch=1), torch.zeros(1, 77, dtype=torch.long)
+    context[0, 4] = r * world.i_star[0]
+    words[0, 4] = 11
+    directions = world.directions(confined=[confined])
+    edit = KeyValueEdit(directions, world.e_super, {LAYER: world.o_star}, numbers=[11], focus=[10.0])
+    edit.words = words
+    focus = edit.focus(context)
+    assert focus is not None
+    return float(focus.everywhere[0, 0, 4]) / math.log(10)
 
-    full = of(Gate(0.5, 0.05))
-    assert full == pytest.approx(math.log(10), rel=1e-3)
-    assert of(Gate(0.5, 0.05, 0.5)) == pytest.approx(full / 2)
-    assert of(Gate(0.5, 0.05, 3.0)) == pytest.approx(full), "a strength beyond 1 adds values, not attention"
-    assert of(Gate(0.5, 0.05, -1.0)) == 0
-    assert of(Gate(1.0, 0.05)) == pytest.approx(full / 2, rel=1e-3), "half open"
-    assert of(Gate(1.5, 0.05)) == pytest.approx(0, abs=1e-3), "shut"
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_a_focus_goes_with_strength(confined: bool) -> None:
+    def of(strength: float) -> float:
+        return focus_at_own_word(Gate(0.5, 0.05, strength), confined=confined)
+
+    assert of(1.0) == pytest.approx(1, rel=1e-3)
+    assert of(0.5) == pytest.approx(0.5, rel=1e-3)
+    assert of(3.0) == pytest.approx(1, rel=1e-3), "a strength beyond 1 adds values, not attention"
+    assert of(-1.0) == 0
+
+
+def test_a_focus_goes_with_the_gate() -> None:
+    assert focus_at_own_word(Gate(1.0, 0.05)) == pytest.approx(0.5, rel=1e-3), "half open"
+    assert focus_at_own_word(Gate(1.5, 0.05)) == pytest.approx(0, abs=1e-3), "shut"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_focus_of_a_word_that_fades_stays_what_it_was_in_training(form: Form) -> None:
+    def of(gate_: Gate, r: float = 1.0) -> float:
+        return focus_at_own_word(gate_, r, form, confined=True)
+
+    function = preserving_gate if form == "preserving" else gate
+    trained = pytest.approx(float(function(torch.tensor(1.0), 0.75, 0.1)))
+    assert of(Gate(0.75, 0.1)) == trained
+    assert of(Gate(1.0, 0.05)) == of(Gate(1.5, 0.05)) == trained, "half open, and shut"
+    assert of(Gate()) == pytest.approx(float(function(torch.tensor(1.0), 0.6, 0.15))), "and goes with wider gates"
+    assert of(Gate(), r=0.3) < 0.2 < 0.9 < of(Gate(0.1, 0.05), r=0.3)
 
 
 def test_without_focus_there_is_nothing_to_add() -> None:

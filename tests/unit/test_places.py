@@ -127,7 +127,7 @@ def test_what_was_said_counts_for_all_of_the_next_call() -> None:
     assert not torch.equal(following.said, first.said), "and what is said in it, for the one behind it"
 
 
-def test_a_concept_that_is_all_but_shut_takes_no_place() -> None:
+def test_a_concept_that_is_hardly_looked_at_takes_no_place() -> None:
     focus = focus_of((2,), (5,))
     focus = Focus(focus.parts * torch.tensor([1.0, 1e-4]))
     shares = of_two(focus).shares(focus, SIZE)
@@ -236,7 +236,7 @@ def test_one_of_a_kind_that_is_alone_in_its_prompt_has_all_places() -> None:
 
 
 @pytest.mark.parametrize(("loudness", "columns_of_first"), [(1.0, 2.0), (0.5, 2.0), (0.25, 4 / 3), (1e-5, 0.0)])
-def test_one_of_a_kind_that_is_all_but_shut_leaves_its_places(loudness: float, columns_of_first: float) -> None:
+def test_one_of_a_kind_that_is_hardly_looked_at_leaves_its_places(loudness: float, columns_of_first: float) -> None:
     parts = focus_of((2,), (5,)).parts * torch.tensor([loudness, 1.0])
     columns = columns_of(Focus(parts, kinds=[0, 0]))
     whole = float(columns.sum(1)[1:5].mean())
