@@ -33,7 +33,7 @@ from miniature.captions import caption
 from miniature.host import load_host
 from miniature.metrics import Metrics
 from miniature.weights import FOLDER, WeightsError
-from perfusion.concept import Concept
+from perfusion.concept import Concept, load
 from perfusion.hosts.diffusers import DiffusersHost
 from perfusion.hosts.diffusers.text import weighted_parts
 from perfusion.stack import ConceptStack, ConceptUse, word_number
@@ -43,7 +43,7 @@ from perfusion.training.config import TrainingConfig
 from .host import say
 from .multi_judging import Thing, photos_of
 from .multi_pictures import Pictures, weighted
-from .quality import contact_sheet, kept, learn
+from .quality import contact_sheet, kept_at, learn
 from .settings import HEARING, add_settings, config_of
 
 OPEN = 0.5
@@ -128,7 +128,7 @@ def read_gates(
         context = host.text.encode_stack(texts, stack, weighted=True)[0]
         weighed = host.text.weighed(texts, stack, context)
     where = word_places(host, texts, stack)
-    words = torch.tensor([0, *map(word_number, stack.placeholders)])[(where + 1).clamp_min(0)]
+    words = host.text.words(texts, stack, weighted=True)
     for way, of_way in found.items():
         edit = stack.edit(competing=way != "paper")
         with edit.told(words, weighed) if way == "told" else nullcontext():
@@ -147,13 +147,14 @@ def learned(host: DiffusersHost, things: Sequence[Thing], folder: Path, config: 
     statistics, concepts = None, {}
     for kind, number in tqdm(things, desc="concepts"):
         name = f"{kind.replace(' ', '-')}-{number}"
-
-        def make(kind: str = kind, number: int = number, name: str = name) -> Concept:
-            nonlocal statistics
+        path = kept_at(folder, name, config)
+        if not path.exists():
             statistics = statistics or measure(host, host.captions or ())
-            return learn(host, kind, photos_of((kind, number)), statistics, config, f"<my-{name}>")
-
-        concepts[kind, number] = kept(folder, name, config, make)
+            concept = learn(host, kind, photos_of((kind, number)), statistics, config, f"<my-{name}>")
+            folder.mkdir(parents=True, exist_ok=True)
+            concept.save(path)
+            say(f"{name}: learned")
+        concepts[kind, number] = load(path)
     return concepts
 
 

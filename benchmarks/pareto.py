@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,13 +26,14 @@ from miniature import world
 from miniature.host import load_host
 from miniature.metrics import Metrics, rendered
 from miniature.weights import FOLDER, WeightsError
+from perfusion.concept import load
 from perfusion.edit import Gate
 from perfusion.hosts.diffusers import DiffusersHost, draw
 from perfusion.locking import LOCKS
 from perfusion.stack import ConceptStack, ConceptUse
 from perfusion.statistics import measure
 
-from .quality import PHOTOS, PLACEHOLDER, SAMPLER, kept, learn, prompts_for
+from .quality import PHOTOS, PLACEHOLDER, SAMPLER, kept_at, learn, prompts_for
 from .settings import add_settings, config_of
 
 BIASES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
@@ -67,13 +67,18 @@ def measured(
 ) -> list[list[list[float]]]:
     """For each thing and bias, the measures of ``FALLS``."""
     config = config_of(options)
-    statistics, curves = measure(host, host.captions or ()), []
+    statistics, curves = None, []
     for number in tqdm(range(options.concepts), desc="concepts"):
         category = world.CATEGORY_NAMES[number % len(world.CATEGORY_NAMES)]
         thing = 5_000_000 + number
         look, photos = world.instance(category, thing), world.portraits(category, thing, PHOTOS)
-        name = f"{category.replace(' ', '-')}-{thing}"
-        concept = kept(folder, name, config, partial(learn, host, category, photos, statistics, config))
+        path = kept_at(folder, f"{category.replace(' ', '-')}-{thing}", config)
+        if not path.exists():
+            statistics = statistics or measure(host, host.captions or ())
+            concept = learn(host, category, photos, statistics, config)
+            folder.mkdir(parents=True, exist_ok=True)
+            concept.save(path)
+        concept = load(path)
         shown, prompts = rendered(photos), prompts_for(category, options.prompts, Random(f"pareto {number}"))
         seeds, asked = range(1000 * number, 1000 * number + len(prompts)), [p.naming(category) for p in prompts]
         curve = []

@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -31,7 +31,7 @@ from miniature.captions import Caption, caption, random_caption
 from miniature.host import load_host
 from miniature.metrics import Metrics, rendered
 from miniature.weights import FOLDER, WeightsError
-from perfusion.concept import Concept, load
+from perfusion.concept import Concept
 from perfusion.edit import Gate, presence
 from perfusion.hosts.base import Word
 from perfusion.hosts.diffusers import DiffusersHost, draw
@@ -174,14 +174,10 @@ def learn(
     return train(host, ready, subject, statistics, config)[0]
 
 
-def kept(folder: Path, name: str, config: TrainingConfig, make: Callable[[], Concept]) -> Concept:
-    """The concept of this name that was learned with these settings before, or what is made now and kept."""
+def kept_at(folder: Path, name: str, config: TrainingConfig) -> Path:
+    """Where the concept of this name is kept that was learned with these settings."""
     settings = [f"{getattr(config, setting)}".removesuffix(".0") for setting in ("steps", *HEARING)]
-    path = folder / f"{'-'.join([name, *settings])}.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        make().save(path)
-    return load(path)
+    return folder / f"{'-'.join([name, *settings])}.safetensors"
 
 
 def prompts_for(category: str, count: int, rng: Random) -> list[Prompt]:

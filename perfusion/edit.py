@@ -54,6 +54,7 @@ from .locking import KeyLock, Lock
 
 Form = Literal["paper", "preserving"]
 FORMS: tuple[Form, ...] = get_args(Form)
+Pair = tuple[Tensor, Tensor]
 
 # Beyond this cosine (in the metric of d*) two concepts cannot be told apart: the inverse of G would amplify noise.
 PARALLEL = 0.995
@@ -292,23 +293,24 @@ class Directions:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
-    def coefficients(
-        self, context: Tensor, owners: Tensor | None = None, path: Literal["k", "v"] = "v"
-    ) -> tuple[Tensor, Tensor]:
-        """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32.
+    def coefficients(self, context: Tensor, owners: Tensor | None = None) -> tuple[Pair, Pair | None]:
+        """Coefficients of ``W i*`` and of ``o*`` for each token: (b, m, d) -> two of (b, m, j), in float32; those of
+        values, and those of keys, None where they are the same.
 
-        ``owners`` (b, m, j) bool: whose word each token is, where that is known. Those of values and keys differ at
-        words that have ``faded``.
+        ``owners`` (b, m, j) bool: whose word each token is, where that is known.
         """
         with _full_precision(context.device):
-            r, subtracted, opened = self._read(context, owners)
-            faded = self._faded(r, opened, owners)
-            if faded is not None:
-                subtracted, opened = (subtracted, opened + faded) if path == "k" else (subtracted - faded, opened)
-            if self.any_preserving:
-                subtracted = torch.where(self.preserving, opened, subtracted)
+            _, subtracted, opened, attended = self._read(context, owners)
             strength = _for_batch(self.strength, len(context), alone=False)
-            return -strength * subtracted, strength * opened
+
+            def pair(subtracted: Tensor, added: Tensor) -> Pair:
+                if self.any_preserving:
+                    subtracted = torch.where(self.preserving, added, subtracted)
+                return -strength * subtracted, strength * added
+
+            if attended is None:
+                return pair(subtracted, opened), None
+            return pair(subtracted - (attended - opened), opened), pair(subtracted, attended)
 
     def gates(self, context: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """r and g of each token, as the edit uses them, before strength: (b, m, d) -> two of (b, m, j), float32.
@@ -316,29 +318,17 @@ class Directions:
         ``owners`` as for ``coefficients``.
         """
         with _full_precision(context.device):
-            r, _, opened = self._read(context, owners)
+            r, _, opened, _ = self._read(context, owners)
         return r, opened
 
     def attended(self, context: Tensor, owners: Tensor | None = None) -> Tensor:
-        """g as far as attention goes, of words that have faded what it was in training: (b, m, d) -> (b, m, j).
+        """g as far as attention goes, of words that fade no less than in training: (b, m, d) -> (b, m, j).
 
         ``owners`` as for ``coefficients``.
         """
         with _full_precision(context.device):
-            r, _, opened = self._read(context, owners)
-            faded = self._faded(r, opened, owners)
-        return opened if faded is None else opened + faded
-
-    def can_fade(self, owners: Tensor | None) -> bool:
-        """Whether there are words of which coefficients of values and keys differ."""
-        return owners is not None and self.any_confined
-
-    def _faded(self, r: Tensor, opened: Tensor, owners: Tensor | None) -> Tensor | None:
-        """How much further gates (b, m, j) are shut than in training, at the told words of confined concepts."""
-        if owners is None or not self.any_confined:
-            return None
-        trained = self._by_form(r, TRAINING_GATE.bias, TRAINING_GATE.temperature)
-        return torch.relu(trained - opened) * (owners & self.confined)
+            _, _, opened, attended = self._read(context, owners)
+        return opened if attended is None else attended
 
     def focused(self, context: Tensor) -> Tensor:
         """How far each concept's focus counts: its share, as far as the concept is applied at all; of a shape that goes
@@ -352,17 +342,22 @@ class Directions:
             parts = (context.float() @ self.detector).split(len(self), dim=-1)
             return self._shared(gate(parts[0], Gate.bias, Gate.temperature), parts, None)
 
-    def _read(self, context: Tensor, owners: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """r, what of it is subtracted in the paper's form, and g: (b, m, d) -> three of (b, m, j)."""
+    def _read(self, context: Tensor, owners: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """r, what of it is subtracted in the paper's form, g, and g as far as attention goes, None where it is g:
+        (b, m, d) -> four of (b, m, j).
+        """
         told = owners if self.any_confined else None
         parts = (context.float() @ (self.detector if told is None else self.elsewhere)).split(len(self), dim=-1)
         r, subtracted = parts[0], parts[1]
-        if told is not None:
-            word = told & self.confined
-            subtracted = torch.where(word.any(dim=-1, keepdim=True), word * r, subtracted)
-            if self.mixed and self.competing:
-                parts = (r, subtracted, parts[2].masked_fill(self.confined, -math.inf))
-        return r, subtracted, self._shared(self._opened(r), parts, owners)
+        if told is None:
+            return r, subtracted, self._shared(self._opened(r), parts, owners), None
+        word = told & self.confined
+        subtracted = torch.where(word.any(dim=-1, keepdim=True), word * r, subtracted)
+        if self.mixed and self.competing:
+            parts = (r, subtracted, parts[2].masked_fill(self.confined, -math.inf))
+        opened = self._shared(self._opened(r), parts, owners)
+        trained = self._by_form(r, TRAINING_GATE.bias, TRAINING_GATE.temperature)
+        return r, subtracted, opened, torch.where(word, torch.maximum(opened, trained), opened)
 
     def _shared(self, opened: Tensor, parts: Sequence[Tensor], owners: Tensor | None) -> Tensor:
         """Gates (b, m, j) by each concept's share of a token, by its part of the dual basis or whose word it is."""
@@ -657,17 +652,17 @@ class KeyValueEdit:
         owners = self._owners(context)
         directions = self.directions_on(context.device)
 
-        def coefficients(path: Literal["k", "v"]) -> Tensor:
-            both = directions.coefficients(context, owners, path)
-            return torch.cat([self._kept_in(part, owners) for part in both], dim=-1).to(context.dtype)
+        def joined(pair: Pair) -> Tensor:
+            return torch.cat([self._kept_in(part, owners) for part in pair], dim=-1).to(context.dtype)
 
-        value = {"v": coefficients("v")}
+        of_values, of_keys = directions.coefficients(context, owners)
+        value = {"v": joined(of_values)}
         shifted = self.key_lock.shifted(given)
         if shifted is not None:
             value["k_tokens"] = shifted
         locally = self.key_lock.locally(shifted is not None)
         if any(locally):
-            value["k"] = coefficients("k") if directions.can_fade(owners) else value["v"]
+            value["k"] = value["v"] if of_keys is None else joined(of_keys)
         if any(locally) and not all(locally):
             value["k"] = value["k"] * torch.tensor(locally * 2, dtype=context.dtype, device=context.device)
         return value

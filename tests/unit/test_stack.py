@@ -278,8 +278,8 @@ def test_concepts_compete_for_words() -> None:
 
 def test_a_concept_alone_competes_with_nobody() -> None:
     stack, context = stack_of(1), torch.randn(2, 7, 24)
-    found = stack.edit().directions.coefficients(context)
-    expected = stack.edit(competing=False).directions.coefficients(context)
+    found = stack.edit().directions.coefficients(context)[0]
+    expected = stack.edit(competing=False).directions.coefficients(context)[0]
     assert all(map(torch.equal, found, expected))
 
 
@@ -292,7 +292,7 @@ def test_forms_compete_with_each_other() -> None:
     words = torch.stack([concept.i_star for concept in stack.concepts])[None]
     opened = stack.edit().directions.gates(words)[1][0]
     assert (opened > 0.5).tolist() == [[True, False], [False, True]]
-    subtracted, added = stack.edit().directions.coefficients(words)
+    subtracted, added = stack.edit().directions.coefficients(words)[0]
     assert torch.allclose(subtracted[..., 1], -added[..., 1]), "the preserving form adds and takes away alike"
 
 
